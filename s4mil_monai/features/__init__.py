@@ -1,0 +1,1 @@
+"""Pixels → vectors: patch encoders, batches of normalised patches, feature files."""

@@ -1,0 +1,158 @@
+"""extract_features(): the patches of one slide in, one FeatureBag out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s4mil_monai import __version__
+from s4mil_monai.features.encoder import Encoder
+from s4mil_monai.features.patch_batches import choose_patch_batches
+from s4mil_monai.features.store import FeatureBag, FeatureOrigin
+from s4mil_monai.result import PatchSettings
+from s4mil_monai.slides.fingerprint import fingerprint_slide
+from s4mil_monai.slides.grid import PatchGrid, lay_grid
+from s4mil_monai.slides.resolution import plan_reading
+from s4mil_monai.slides.slide import Slide
+from s4mil_monai.slides.tissue import find_tissue
+from s4mil_monai.timing import timed
+
+READERS = 2
+"""Threads that read ahead; the backends decode without holding Python's lock."""
+
+BATCHES_AHEAD = 4
+"""Batches that wait for the encoder at most: memory stays flat whatever the slide's size."""
+
+Progress = Callable[[int, int], None]
+"""Called with patches done and patches in all."""
+
+
+def extract_features(
+    slide: Slide,
+    encoder: Encoder,
+    settings: PatchSettings,
+    *,
+    patch_stage: str = "torch",
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    seconds: dict[str, float] | None = None,
+) -> FeatureBag:
+    """Find tissue, lay the grid, and embed every patch of one slide.
+
+    Args:
+        slide: An open slide.
+        encoder: What turns a patch into features.
+        settings: Which patches.
+        patch_stage: Form of the patch batches, ``torch`` or ``dali``.
+        batch_size: Patches a step.
+        progress: Told after each batch.
+        seconds: Receives ``tissue``, ``encoding`` and ``waiting_for_pixels``.
+
+    Raises:
+        UnknownResolutionError: The slide does not know its resolution.
+        TooCoarseError: It is too coarse for ``settings.mpp``.
+        NoTissueError: There is no tissue on it.
+        UnreadableSlideError: A patch cannot be decoded.
+        UnknownNameError: No such patch stage or scan order.
+    """
+    seconds = {} if seconds is None else seconds
+    plan = plan_reading(slide, mpp=settings.mpp, patch_side_px=settings.side_px)
+    with ThreadPoolExecutor(1) as background:
+        fingerprint = background.submit(fingerprint_slide, slide.path)
+        with timed(seconds, "tissue"):
+            tissue = find_tissue(slide)
+            grid = lay_grid(tissue, plan, min_tissue=settings.min_tissue, scan_order=settings.scan_order)
+        features = encode_patches(
+            slide,
+            grid,
+            encoder,
+            patch_stage=patch_stage,
+            batch_size=batch_size,
+            progress=progress,
+            seconds=seconds,
+        )
+        sha256 = fingerprint.result()
+    assert slide.resolution is not None
+    origin = FeatureOrigin(
+        slide=slide.name,
+        slide_sha256=sha256,
+        slide_mpp=slide.mpp,
+        slide_mpp_source=slide.resolution.source,
+        backend=slide.backend,
+        encoder=encoder.spec.name,
+        encoder_sha256=encoder.fingerprint,
+        patch_mpp=plan.mpp,
+        patch_side_px=plan.patch_side_px,
+        patch_side_px0=plan.side_px0,
+        patch_note=plan.note or "",
+        min_tissue=settings.min_tissue,
+        scan_order=grid.scan_order,
+        patch_stage=patch_stage,
+        software=f"s4mil_monai {__version__}",
+    )
+    return FeatureBag(features, grid.top_left_px0, origin)
+
+
+def encode_patches(
+    slide: Slide,
+    grid: PatchGrid,
+    encoder: Encoder,
+    *,
+    patch_stage: str,
+    batch_size: int,
+    progress: Progress | None,
+    seconds: dict[str, float],
+) -> NDArray[np.float32]:
+    """(n, width) features of a grid's patches, reading ahead while the encoder works."""
+    spec = encoder.spec
+    batches = choose_patch_batches(patch_stage)(
+        read_ahead(slide, grid, batch_size=batch_size),
+        patch_side_px=grid.plan.patch_side_px,
+        mean=spec.mean,
+        deviation=spec.deviation,
+        batch_size=batch_size,
+    )
+    features = np.empty((len(grid), spec.width), np.float32)
+    done = 0
+    while True:
+        with timed(seconds, "waiting_for_pixels"):
+            batch = next(batches, None)
+        if batch is None:
+            return features
+        with timed(seconds, "encoding"):
+            features[done : done + len(batch)] = encoder.encode(batch).numpy()
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(grid))
+
+
+def read_ahead(slide: Slide, grid: PatchGrid, *, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+    """Give (n, s, s, 3) batches of regions in scan order, a bounded number of them read ahead."""
+    side = grid.plan.read_side_px
+
+    def read(start: int) -> NDArray[np.uint8]:
+        corners = grid.top_left_px0[start : start + batch_size].tolist()
+        return np.stack(
+            [
+                slide.read_region(top_left_px0=(x, y), size_px=(side, side), level=grid.plan.level)
+                for x, y in corners
+            ]
+        )
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+        starts = iter(range(0, len(grid), batch_size))
+        ahead: deque[Future[NDArray[np.uint8]]] = deque(
+            pool.submit(read, start) for start in islice(starts, BATCHES_AHEAD)
+        )
+        try:
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(read, start) for start in islice(starts, 1))
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Vectors → predictions: bag models, and the bundles that carry trained ones."""

@@ -1,0 +1,123 @@
+"""What a bundle ships for scoring: settings and weights, read as data, checked against each other.
+
+Scoring reads ``configs/metadata.json`` only. The bundle's YAML is code (MONAI imports every ``_target_`` and
+evaluates every ``$``), and is left to ``python -m monai.bundle``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from s4mil_monai.errors import BundleError, WeightsError
+from s4mil_monai.models.bag_model import SlideLogits
+from s4mil_monai.models.s4mil import S4MIL
+from s4mil_monai.result import EncoderRecord, ModelRecord, PatchSettings
+from s4mil_monai.weights import load_state, read_weights
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetworkSettings(_Settings):
+    """Arguments of :class:`S4MIL`."""
+
+    in_features: int = Field(gt=0)
+    classes: int = Field(ge=2)
+    width: int = Field(512, gt=0)
+    state_dim: int = Field(32, ge=2)
+    layers: int = Field(1, ge=1)
+
+
+class WeightsSettings(_Settings):
+    """The weights file, relative to the bundle."""
+
+    path: str
+    sha256: str
+
+
+class BundleSettings(_Settings):
+    """The ``s4mil`` section of a bundle's ``metadata.json``."""
+
+    classes: tuple[str, ...]
+    """Names, in the order of the logits."""
+    network: NetworkSettings
+    encoder: EncoderRecord
+    patches: PatchSettings
+    weights: WeightsSettings
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained slide model and all it expects of a slide."""
+
+    record: ModelRecord
+    settings: BundleSettings
+    model: S4MIL
+
+
+def load_bundle(folder: str | Path) -> Bundle:
+    """Load the slide model of a bundle.
+
+    Raises:
+        BundleError: The folder is no bundle, or its metadata contradicts itself.
+        WeightsError: The weights are missing, damaged or of another size.
+    """
+    folder = Path(folder)
+    metadata = _read_metadata(folder)
+    settings = _read_settings(folder, metadata)
+    weights = folder / settings.weights.path
+    found = _sha256(weights)
+    network = SlideLogits(S4MIL(**settings.network.model_dump()))
+    load_state(network, read_weights(weights), weights)
+    if found != settings.weights.sha256:
+        raise WeightsError(
+            str(weights),
+            "is not the file that metadata.json describes (SHA-256 differs); retrain or restore the bundle",
+        )
+    record = ModelRecord(
+        bundle=str(metadata.get("name", folder.name)),
+        version=str(metadata.get("version", "")),
+        sha256=found,
+        intended_use=str(metadata.get("intended_use", "")),
+    )
+    return Bundle(record, settings, network.model.eval().requires_grad_(False))
+
+
+def _read_metadata(folder: Path) -> dict:
+    path = folder / "configs" / "metadata.json"
+    if not path.is_file():
+        raise BundleError(str(folder), "is not a bundle: configs/metadata.json is missing")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(str(path), f"is not JSON ({error})") from error
+
+
+def _read_settings(folder: Path, metadata: dict) -> BundleSettings:
+    path = str(folder / "configs" / "metadata.json")
+    try:
+        settings = BundleSettings.model_validate(metadata.get("s4mil"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in ("s4mil", *first["loc"]))
+        raise BundleError(path, f"{place}: {first['msg']}") from error
+    if len(settings.classes) != settings.network.classes:
+        raise BundleError(path, f"{len(settings.classes)} class names for {settings.network.classes} logits")
+    if settings.encoder.width != settings.network.in_features:
+        raise BundleError(
+            path,
+            f"encoder of width {settings.encoder.width} for a network that takes {settings.network.in_features}",
+        )
+    return settings
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise WeightsError(str(path), "there is no such weights file")
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,73 @@
+"""The slide as a picture, and the patch probabilities as colours over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from s4mil_monai.result import SlideResult
+from s4mil_monai.slides.overview import read_overview
+from s4mil_monai.slides.slide import Slide
+
+LONGEST_SIDE_PX = 1600
+"""Of the picture."""
+
+OPACITY = 0.5
+"""Of the colours over the slide in ``heatmap.png``; the report lets one slide it."""
+
+COLOURS = "magma"
+"""Matplotlib's name; even in lightness, so it prints in grey and serves the colour-blind."""
+
+
+@dataclass(frozen=True)
+class HeatmapPicture:
+    """The slide and its heatmap, in one frame."""
+
+    slide: NDArray[np.uint8]
+    """(H, W, 3) RGB."""
+    heat: NDArray[np.uint8]
+    """(H, W, 4) RGBA; transparent where no patch was read."""
+    px0_per_px: tuple[float, float]
+    """Level-0 pixels per pixel of the picture, in x and y."""
+
+
+def shown_class(result: SlideResult) -> int:
+    """The class whose probability is drawn: the last, which is the finding where there are two.
+
+    With more classes, the predicted one.
+    """
+    if len(result.classes) == 2 or result.predicted is None:
+        return len(result.classes) - 1
+    return result.classes.index(result.predicted)
+
+
+def write_heatmap(result: SlideResult, slide: Slide, path: Path) -> HeatmapPicture:
+    """Write the slide with the patch probabilities of the shown class over it as PNG."""
+    overview = read_overview(slide, px0_per_px=max(1.0, max(slide.size_px0) / LONGEST_SIDE_PX))
+    heat = paint_heat(result, overview.pixels.shape[:2], overview.px0_per_px)
+    picture = HeatmapPicture(overview.pixels, heat, overview.px0_per_px)
+    alpha = heat[..., 3:].astype(np.float32) / 255 * OPACITY
+    blended = overview.pixels * (1 - alpha) + heat[..., :3] * alpha
+    Image.fromarray(np.rint(blended).astype(np.uint8)).save(path)
+    return picture
+
+
+def paint_heat(
+    result: SlideResult, size_hw: tuple[int, int], px0_per_px: tuple[float, float]
+) -> NDArray[np.uint8]:
+    """(H, W, 4) colours of the patch probabilities, opaque on patches and transparent elsewhere."""
+    heat = np.zeros((*size_hw, 4), np.uint8)
+    if result.patches is None:
+        return heat
+    shown = shown_class(result)
+    colours = colormaps[COLOURS]([row[shown] for row in result.patches.probabilities], bytes=True)
+    for (x, y), colour in zip(result.patches.top_left_px0, colours, strict=True):
+        left, right = (round(at / px0_per_px[0]) for at in (x, x + result.patches.side_px0))
+        top, bottom = (round(at / px0_per_px[1]) for at in (y, y + result.patches.side_px0))
+        heat[top:bottom, left:right] = colour
+    return heat

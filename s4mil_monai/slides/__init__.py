@@ -1,0 +1,1 @@
+"""Pixels in: opening slides, their resolution, tissue, and the grid of patches."""
