@@ -8,7 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from s4mil_monai import __version__
 from s4mil_monai.features.encoder import Encoder
@@ -110,12 +112,14 @@ def encode_patches(
 ) -> NDArray[np.float32]:
     """(n, width) features of a grid's patches, reading ahead while the encoder works."""
     spec = encoder.spec
-    batches = choose_patch_batches(patch_stage)(
-        read_ahead(slide, grid, batch_size=batch_size),
-        patch_side_px=grid.plan.patch_side_px,
-        mean=spec.mean,
-        deviation=spec.deviation,
-        batch_size=batch_size,
+    batches = prepare_ahead(
+        choose_patch_batches(patch_stage)(
+            read_ahead(slide, grid, batch_size=batch_size),
+            patch_side_px=grid.plan.patch_side_px,
+            mean=spec.mean,
+            deviation=spec.deviation,
+            batch_size=batch_size,
+        )
     )
     features = np.empty((len(grid), spec.width), np.float32)
     done = 0
@@ -129,6 +133,20 @@ def encode_patches(
         done += len(batch)
         if progress is not None:
             progress(done, len(grid))
+
+
+def prepare_ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Give the same batches, each prepared in a thread while the one before is encoded."""
+
+    def prepare() -> Tensor | None:
+        torch.set_num_threads(1)  # of this thread alone: the encoder keeps its cores
+        return next(batches, None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        waiting = pool.submit(prepare)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(prepare)
+            yield batch
 
 
 def read_ahead(slide: Slide, grid: PatchGrid, *, batch_size: int) -> Iterator[NDArray[np.uint8]]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from s4mil_monai.errors import UnknownNameError
 
@@ -55,10 +56,17 @@ def torch_batches(
     shift = -(torch.tensor(mean) / torch.tensor(deviation)).view(3, 1, 1)
     for batch in regions:
         patches = torch.from_numpy(batch).permute(0, 3, 1, 2)
-        if batch.shape[1] != patch_side_px:
-            weights = resampling_weights(batch.shape[1], patch_side_px)
-            patches = weights @ patches.float() @ weights.T
-        yield torch.addcmul(shift, patches, scale)
+        yield torch.addcmul(shift, _resample(patches, patch_side_px), scale)
+
+
+def _resample(patches: Tensor, side_px: int) -> Tensor:
+    """(n, 3, s, s) uint8 → (n, 3, side_px, side_px) by the contract's rule."""
+    if patches.shape[2] == side_px:
+        return patches
+    if patches.shape[2] < side_px:  # nothing to antialias: plain bilinear is the same rule, and faster
+        return F.interpolate(patches.float(), size=side_px, mode="bilinear")
+    weights = resampling_weights(patches.shape[2], side_px)
+    return weights @ patches.float() @ weights.T
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s4mil_monai.errors import BundleError, WeightsError
@@ -121,3 +122,59 @@ def _sha256(path: Path) -> str:
     if not path.is_file():
         raise WeightsError(str(path), "there is no such weights file")
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def ship_weights(folder: Path, weights: Path, settings: BundleSettings) -> BundleSettings:
+    """Put trained weights into a bundle and make its metadata say what they are.
+
+    Args:
+        folder: The bundle; its ``metadata.json`` is rewritten.
+        weights: State dict of the training's network, as MONAI's ``CheckpointSaver`` writes it.
+        settings: What the weights were trained on; the weights' fingerprint is filled in.
+
+    Returns:
+        The settings as written.
+
+    Raises:
+        WeightsError: The weights do not fit the network of the settings.
+        BundleError: The folder is no bundle.
+    """
+    metadata = _read_metadata(folder)
+    network = SlideLogits(S4MIL(**settings.network.model_dump()))
+    load_state(network, read_weights(weights), weights)
+    target = folder / settings.weights.path
+    target.parent.mkdir(exist_ok=True)
+    torch.save(network.state_dict(), target)
+    described = WeightsSettings(path=settings.weights.path, sha256=_sha256(target))
+    settings = settings.model_copy(update={"weights": described})
+    metadata["s4mil"] = settings.model_dump(mode="json")
+    metadata["network_data_format"] = _data_format(settings)
+    path = folder / "configs" / "metadata.json"
+    path.write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return settings
+
+
+def _data_format(settings: BundleSettings) -> dict:
+    """MONAI's description of the network's input and output."""
+    channels = {str(i): name for i, name in enumerate(settings.classes)}
+    image = {
+        "type": "feature",
+        "format": "patch features, channel first, in scan order",
+        "num_channels": settings.network.in_features,
+        "spatial_shape": ["*"],
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": False,
+        "channel_def": {"0": f"features of {settings.encoder.name}"},
+    }
+    pred = {
+        "type": "probabilities",
+        "format": "logits of the classes",
+        "num_channels": settings.network.classes,
+        "spatial_shape": [],
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": False,
+        "channel_def": channels,
+    }
+    return {"inputs": {"image": image}, "outputs": {"pred": pred}}

@@ -20,8 +20,8 @@ LONGEST_SIDE_PX = 1600
 OPACITY = 0.5
 """Of the colours over the slide in ``heatmap.png``; the report lets one slide it."""
 
-COLOURS = "magma"
-"""Matplotlib's name; even in lightness, so it prints in grey and serves the colour-blind."""
+COLOURS = "coolwarm"
+"""Matplotlib's name: blue against, grey undecided, red for; told apart by the colour-blind, and from glass."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def write_heatmap(result: SlideResult, slide: Slide, path: Path) -> HeatmapPictu
     picture = HeatmapPicture(overview.pixels, heat, overview.px0_per_px)
     alpha = heat[..., 3:].astype(np.float32) / 255 * OPACITY
     blended = overview.pixels * (1 - alpha) + heat[..., :3] * alpha
-    Image.fromarray(np.rint(blended).astype(np.uint8)).save(path)
+    Image.fromarray(np.rint(blended).astype(np.uint8)).save(path, compress_level=1)
     return picture
 
 

@@ -78,7 +78,7 @@ def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def _png_uri(pixels: NDArray[np.uint8]) -> str:
-    return _data_uri(Image.fromarray(pixels), "png")
+    return _data_uri(Image.fromarray(pixels), "png", compress_level=4)
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:

@@ -79,12 +79,9 @@ class TifffileSlide(Slide):
 
     def __init__(self, path: Path):
         self._file = tifffile.TiffFile(path)
-        if not self._file.series:
-            raise ValueError("no image in the file")
-        pages = [level.pages[0].aspage() for level in self._file.series[0].levels]
-        self._pages = [page for page in pages if page.dtype == np.uint8 and page.samplesperpixel in (1, 3, 4)]
+        self._pages = _pyramid_pages(self._file)
         if not self._pages:
-            raise ValueError("not an 8-bit RGB or grey image")
+            raise ValueError("no 8-bit RGB or grey image in the file")
         self._descriptor = os.open(path, os.O_RDONLY)
         super().__init__(path, _levels([(page.imagewidth, page.imagelength) for page in self._pages]))
 
@@ -156,9 +153,28 @@ def _as_rgb(pixels: NDArray[Any], width: int, height: int) -> NDArray[np.uint8]:
 
 def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Paint RGBA over white: OpenSlide leaves what was never scanned transparent black."""
-    rgb = np.ascontiguousarray(rgba[..., :3])
+    rgb = rgba[..., :3].copy()
     rgb[rgba[..., 3] == 0] = WHITE
     return rgb
+
+
+def _pyramid_pages(file: Any) -> list[Any]:
+    """Pages of the pyramid, finest first: 8-bit, tiled alike, and of one shape; tifffile knows only some."""
+    pages = [page.aspage() for page in file.pages]
+    pages = [page for page in pages if page.dtype == np.uint8 and page.samplesperpixel in (1, 3, 4)]
+    if not pages:
+        return []
+    first = max(pages, key=lambda page: page.imagewidth * page.imagelength)
+    aspect = first.imagewidth / first.imagelength
+
+    def is_level(page: Any) -> bool:
+        # a level is off by at most a pixel from the shape of the first; labels and thumbnails are not tiled
+        bound = 1.5 / min(page.imagewidth, page.imagelength)
+        same_shape = abs(page.imagewidth / page.imagelength / aspect - 1) <= bound
+        return page is first or (first.is_tiled and page.is_tiled and same_shape)
+
+    levels = {page.imagewidth: page for page in reversed(pages) if is_level(page)}
+    return [levels[width] for width in sorted(levels, reverse=True)]
 
 
 def _segments_over(page: Any, x: int, y: int, width: int, height: int) -> list[int]:

@@ -72,19 +72,37 @@ def _fitting_backends(path: Path) -> Sequence[str]:
         head = file.read(132)
     if head[:4] in TIFF_MAGIC:
         # cuCIM's libtiff writes to the terminal about files like these; the others are quiet
-        return ("cucim", "openslide", "tifffile") if _has_pages(path) else ("openslide", "tifffile")
+        return ("cucim", "openslide", "tifffile") if _check_complete(path) else ("openslide", "tifffile")
     if head[128:] == b"DICM":
         return ("openslide", "wsidicom")
     return ("openslide",)
 
 
-def _has_pages(path: Path) -> bool:
-    """Whether the first TIFF directory lies inside the file; it does not in a copy that was cut short."""
+def _check_complete(path: Path) -> bool:
+    """Whether tifffile finds pages; refuses a file that ends before its pixels do.
+
+    cuCIM gives black for tiles beyond the end of a file that was cut short, without an error.
+
+    Raises:
+        UnreadableSlideError: Tiles lie beyond the end of the file.
+    """
+    size = path.stat().st_size
     try:
         with tifffile.TiffFile(path) as file:
-            return len(file.pages) > 0
-    except (tifffile.TiffFileError, ValueError):
+            pages = list(file.pages)
+            ends = [
+                offset + count
+                for page in pages
+                for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
+            ]
+    except Exception:  # a directory tifffile cannot follow; the backends will say more
         return False
+    if ends and max(ends) > size:
+        raise UnreadableSlideError(
+            path.name,
+            f"the file ends after {size:,} bytes, its pixels after {max(ends):,}; the copy is incomplete",
+        )
+    return len(pages) > 0
 
 
 def _open_with(name: str, path: Path) -> Slide:

@@ -43,7 +43,7 @@ def as_items(bags: Iterable[LabelledBag]) -> list[dict[str, Any]]:
     ]
 
 
-def load_feature_bags(folder: str | Path, table: str | Path) -> list[LabelledBag]:
+def load_feature_bags(folder: str | Path, table: str | Path, *, encoder: str | None = None) -> list[LabelledBag]:
     """Load ``<slide>.h5`` for each row of a table of labels.
 
     Args:
@@ -62,6 +62,8 @@ def load_feature_bags(folder: str | Path, table: str | Path) -> list[LabelledBag
         raise TableError(str(table), f"no features in {folder} for {_listed(missing)}")
     loaded = [load_bag(path) for path in paths]
     _same_origin(table, [bag.origin for bag in loaded])
+    if encoder is not None and loaded[0].origin.encoder != encoder:
+        raise TableError(str(table), f"features are of {loaded[0].origin.encoder}, wanted {encoder}")
     return [
         LabelledBag(row.slide, bag.features, int(row.label), row.patient)
         for row, bag in zip(rows.itertuples(), loaded, strict=True)
@@ -87,7 +89,9 @@ def read_label_table(table: str | Path) -> pd.DataFrame:
     labels = pd.to_numeric(rows["label"], errors="coerce")
     odd = rows[labels.isna() | (labels < 0) | (labels % 1 != 0)]
     if len(odd):
-        raise TableError(str(table), f"labels are class numbers 0, 1, …; they are not for {_listed(list(odd['slide']))}")
+        raise TableError(
+            str(table), f"labels are class numbers 0, 1, …; they are not for {_listed(list(odd['slide']))}"
+        )
     patients = rows["patient"] if "patient" in rows else rows["slide"]
     return pd.DataFrame({"slide": rows["slide"], "label": labels.astype(int), "patient": patients})
 
@@ -97,7 +101,9 @@ def _same_origin(table: str | Path, origins: Sequence[FeatureOrigin]) -> None:
     for what in ("encoder", "encoder_sha256", "patch_side_px", "scan_order"):
         found = {getattr(origin, what) for origin in origins}
         if len(found) > 1:
-            raise TableError(str(table), f"its slides were embedded with different {what}: {_listed(sorted(found))}")
+            raise TableError(
+                str(table), f"its slides were embedded with different {what}: {_listed(sorted(found))}"
+            )
 
 
 def _listed(names: Sequence[Any]) -> str:
