@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def embed(
     *,
     out: str = "features",
     encoder: str = "efficientnet_lite0",
-    weights: str | None = None,
+    encoder_weights: str | None = None,
     assume_mpp: float | None = None,
     mpp: float = 0.5,
     min_tissue: float = 0.5,
@@ -100,7 +100,7 @@ def embed(
         slide: A slide file, or a folder with one DICOM slide.
         out: Folder for the feature file.
         encoder: resnet50_block3 or efficientnet_lite0.
-        weights: Weights file, instead of the published one.
+        encoder_weights: Weights file of the encoder, instead of the published one.
         assume_mpp: Micrometres per pixel of the slide's finest level, for slides that do not say.
         mpp: Micrometres per pixel of the patches.
         min_tissue: Least share of a patch that is tissue.
@@ -122,7 +122,7 @@ def embed(
         raise UsageError(f"--min_tissue is a share between 0 and 1, got {min_tissue}")
     _require_slide(slide)
     settings = PatchSettings(mpp=mpp, min_tissue=min_tissue, scan_order=scan_order)
-    ready = load_encoder(encoder, weights=weights, device=_device(device))
+    ready = load_encoder(encoder, weights=encoder_weights, device=_device(device))
     with _ProgressBar() as bar, open_slide(slide, assume_mpp=assume_mpp) as opened:
         bag = extract_features(
             opened,
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         arguments = ["version"]
-    _refuse_unknown(arguments)
+    _check_usage(arguments)
     from fire import Fire
     from fire.decorators import SetParseFns
 
@@ -196,21 +196,52 @@ def _option_types(command: Callable[..., int]) -> dict[str, str]:
     return {name: str(parameter.annotation) for name, parameter in inspect.signature(command).parameters.items()}
 
 
-def _refuse_unknown(arguments: list[str]) -> None:
-    """Refuse unknown commands and options before anything runs; fire would run first and complain after."""
+def _check_usage(arguments: list[str]) -> None:
+    """Refuse wrong use before anything runs; fire would run first and complain after, over many lines."""
     if not arguments or arguments[0].startswith("-"):
         return
     name = arguments[0]
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
-    known = _option_types(COMMANDS[name])
-    for argument in arguments[1:]:
-        option = argument.lstrip("-").split("=")[0].replace("-", "_")
-        if not argument.startswith("--") or option in (*known, "help", ""):
-            continue
-        close = difflib.get_close_matches(option, known, n=1)
-        hint = f"did you mean --{close[0]}? " if close else ""
-        raise UsageError(f"unknown option --{option}; {hint}known: {', '.join('--' + key for key in known)}")
+    parameters = inspect.signature(COMMANDS[name]).parameters
+    options, positional = _split(arguments[1:])
+    if "help" in options or "h" in options:
+        return
+    known = {option: key for option in options if (key := _full_name(option, parameters))}
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, parameters, n=1)
+            hint = f"did you mean --{close[0]}? " if close else ""
+            listed = ", ".join(f"--{key}" for key in parameters)
+            raise UsageError(f"unknown option --{option}; {hint}known: {listed}")
+    wanted = [key for key, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    missing = [key for key in wanted if key not in known.values()][len(positional) :]
+    if missing:
+        raise UsageError(f"{name} needs {missing[0].upper()}; see s4mil {name} --help")
+    if len(positional) > len(wanted):
+        raise UsageError(f"{name} takes {len(wanted)} argument(s), got also {positional[len(wanted)]!r}")
+
+
+def _full_name(option: str, parameters: Iterable[str]) -> str | None:
+    """The parameter an option names; one letter stands for the only one that begins with it, as fire has it."""
+    if len(option) > 1:
+        return option if option in parameters else None
+    fitting = [key for key in parameters if key.startswith(option)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Option names and positional arguments; an option's value is the next argument unless it has ``=``."""
+    options, positional = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument.startswith("-") and not argument[1:2].isdigit():
+            options.append(argument.lstrip("-").split("=")[0].replace("-", "_"))
+            if "=" not in argument and options[-1] not in ("help", "h"):
+                next(waiting, None)
+        else:
+            positional.append(argument)
+    return options, positional
 
 
 def _require_positive(name: str, value: float | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from s4mil_monai import __version__
 from s4mil_monai.errors import BundleError, NoTissueError
-from s4mil_monai.features.encoder import Encoder, load_encoder
+from s4mil_monai.features.encoder import Encoder, find_encoder, load_encoder
 from s4mil_monai.features.extract import Progress, extract_features
 from s4mil_monai.features.store import FeatureBag, save_bag
 from s4mil_monai.models.bundle import Bundle, load_bundle
@@ -64,13 +64,15 @@ def load_scorer(
     """
     loaded = load_bundle(bundle)
     wanted = loaded.settings.encoder
-    ready = load_encoder(encoder or wanted.name, weights=encoder_weights, device=device)
-    for what, theirs, ours in (
-        ("encoder", wanted.name, ready.spec.name),
-        ("encoder weights with SHA-256", wanted.sha256, ready.fingerprint),
-    ):
-        if theirs != ours:
-            raise BundleError(str(bundle), f"was trained on the {what} {theirs}, not on {ours}")
+    if encoder is not None and find_encoder(encoder).name != wanted.name:
+        raise BundleError(str(bundle), f"was trained on features of {wanted.name}, not of {encoder}")
+    ready = load_encoder(wanted.name, weights=encoder_weights, device=device)
+    if ready.fingerprint != wanted.sha256:
+        raise BundleError(
+            str(bundle),
+            f"was trained with other weights of {wanted.name} (SHA-256 {wanted.sha256[:12]}…, "
+            f"these have {ready.fingerprint[:12]}…)",
+        )
     return Scorer(loaded, ready, patch_stage, batch_size)
 
 

@@ -53,6 +53,17 @@ class Encoder:
         return self._network(patches).float().cpu()
 
 
+def find_encoder(name: str) -> EncoderSpec:
+    """The encoder of a name.
+
+    Raises:
+        UnknownNameError: There is none.
+    """
+    if name not in ENCODERS:
+        raise UnknownNameError("encoder", name, tuple(ENCODERS))
+    return ENCODERS[name]
+
+
 def load_encoder(name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu") -> Encoder:
     """Load an encoder by name.
 
@@ -66,9 +77,7 @@ def load_encoder(name: str, *, weights: str | Path | None = None, device: str | 
         WeightsError: The weights are missing, damaged, or of another network.
         MissingExtraError: The package that carries the weights is not installed.
     """
-    if name not in ENCODERS:
-        raise UnknownNameError("encoder", name, tuple(ENCODERS))
-    spec = ENCODERS[name]
+    spec = find_encoder(name)
     path = Path(weights) if weights is not None else spec.find_weights()
     network = spec.build().eval().requires_grad_(False)
     state = read_weights(path)
@@ -128,7 +137,7 @@ def _download_resnet50() -> Path:
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsError(
                 RESNET50_URL,
-                f"cannot be downloaded ({error}); fetch it elsewhere and give the file with --weights",
+                f"cannot be downloaded ({error}); fetch it elsewhere and give the file with --encoder_weights",
             ) from error
     return path
 

@@ -7,6 +7,7 @@ the file's attributes, under the names of :class:`FeatureOrigin`, and on ``coord
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,23 @@ class FeatureBag:
 
 
 def save_bag(path: Path, bag: FeatureBag) -> None:
-    """Write a feature file; the name appears only when the file is whole and on disk.
+    """Write a feature file, and its folder where there is none; the name appears when the file is whole.
 
     Raises:
         OutputError: The folder cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(part, "w") as file:
             _fill(file, bag)
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(str(path), f"cannot be written ({error})") from error
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OutputError(str(path), f"cannot be written ({error.strerror or error})") from error
 
 
 def _fill(file: Any, bag: FeatureBag) -> None:

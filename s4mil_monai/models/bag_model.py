@@ -51,6 +51,8 @@ class BagModel(nn.Module, ABC):
             raise ValueError(f"wanted a mask {tuple(features.shape[:2])}, got {tuple(mask.shape)}")
         if mask is not None and not bool(mask.any(dim=1).all()):
             raise ValueError("the mask leaves a bag without patches")
+        if not bool(torch.isfinite(features.sum())):  # one pass: a sum is finite only if all of it is
+            raise ValueError("features are not finite: NaN or infinity among them; embed the slide again")
 
 
 class SlideLogits(nn.Module):

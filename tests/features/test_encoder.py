@@ -131,7 +131,7 @@ def test_download_that_fails_says_how_to_go_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(encoders.torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(encoders.torch.hub, "download_url_to_file", offline)
-    with pytest.raises(WeightsError, match=r"resnet50-0676ba61\.pth: cannot be downloaded .* --weights"):
+    with pytest.raises(WeightsError, match=r"resnet50-0676ba61\.pth: cannot be downloaded .* --encoder_weights"):
         load_encoder("resnet50_block3")
 
 

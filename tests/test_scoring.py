@@ -1,0 +1,177 @@
+"""The one path from slide to result."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from s4mil_monai.errors import BundleError, OutputError, SlideError
+from s4mil_monai.features.store import load_bag
+from s4mil_monai.result import SlideResult, read_result
+from s4mil_monai.scoring import load_scorer, score_slide, score_to_folder
+
+FILES = {"result.json", "heatmap.png", "regions.geojson", "features.h5", "report.html"}
+
+
+@pytest.fixture(scope="module")
+def scorer(bundle):
+    return load_scorer(bundle)
+
+
+@pytest.fixture(scope="module")
+def result(tissue_slide, scorer) -> SlideResult:
+    return score_slide(tissue_slide, scorer)
+
+
+def test_result_has_the_probabilities_of_its_logits(result):
+    exponents = np.exp(result.logits)
+    np.testing.assert_allclose(result.probabilities, exponents / exponents.sum(), rtol=1e-5)
+    assert result.predicted == result.classes[int(np.argmax(result.logits))]
+
+
+def test_shares_of_the_deciding_patches_and_the_bias_add_up_to_the_logits(result):
+    shares = np.array([patch.contributions for patch in result.deciding_patches])
+    np.testing.assert_allclose(shares.sum(0) + result.bias, result.logits, atol=1e-5)
+
+
+def test_deciding_patches_come_with_their_place_largest_share_first(result):
+    best = result.classes.index(result.predicted)
+    shares = [patch.contributions[best] for patch in result.deciding_patches]
+    assert shares == sorted(shares, reverse=True)
+    for patch in result.deciding_patches:
+        assert result.patches.top_left_px0[patch.index] == patch.top_left_px0
+
+
+def test_result_says_how_the_slide_was_read(result):
+    assert result.status == "scored"
+    assert (result.slide.name, result.slide.mpp, result.slide.mpp_source) == ("tissue.tif", 0.5, "tiff")
+    assert result.slide.backend in {"cucim", "openslide"}
+    assert set(result.seconds) == {"opening", "tissue", "waiting_for_pixels", "encoding", "aggregation", "total"}
+
+
+def test_result_comes_back_from_its_json(result, tmp_path):
+    (tmp_path / "result.json").write_text(result.to_json())
+    assert read_result(tmp_path / "result.json") == result
+    assert json.loads(result.to_json())["format"] == "s4mil.result/1"
+
+
+def test_json_of_another_format_is_refused(tmp_path):
+    (tmp_path / "result.json").write_text('{"format": "s4mil.result/9"}')
+    with pytest.raises(OutputError, match=r"is not a result of format s4mil\.result/1"):
+        read_result(tmp_path / "result.json")
+
+
+def test_white_slide_gives_a_result_without_a_score(white_slide, scorer):
+    result = score_slide(white_slide, scorer)
+    assert (result.status, result.probabilities, result.predicted) == ("no_tissue", None, None)
+    assert "no tissue found" in result.reason
+
+
+def test_folder_appears_whole_with_all_its_files(tissue_slide, scorer, tmp_path):
+    result, folder = score_to_folder(tissue_slide, scorer, tmp_path / "out")
+    assert folder == tmp_path / "out" / "tissue"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert os.listdir(tmp_path / "out") == ["tissue"]
+    assert read_result(folder / "result.json") == result
+    assert load_bag(folder / "features.h5").features.shape == (12, 1280)
+
+
+def test_scoring_again_gives_the_same_but_for_the_seconds(tissue_slide, scorer, tmp_path):
+    _, folder = score_to_folder(tissue_slide, scorer, tmp_path)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    _, folder = score_to_folder(tissue_slide, scorer, tmp_path)
+    again = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("heatmap.png", "regions.geojson", "features.h5"):
+        assert first[name] == again[name]
+    results = [json.loads(files["result.json"]) for files in (first, again)]
+    for found in results:
+        found.pop("seconds")
+    assert results[0] == results[1]
+
+
+def test_failure_leaves_nothing_behind(scorer, tmp_path):
+    path = tmp_path / "notes.svs"
+    path.write_text("no slide")
+    with pytest.raises(SlideError):
+        score_to_folder(path, scorer, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_failure_leaves_the_earlier_result_as_it_was(tissue_slide, scorer, tmp_path, monkeypatch):
+    _, folder = score_to_folder(tissue_slide, scorer, tmp_path)
+    before = (folder / "result.json").read_bytes()
+
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("s4mil_monai.scoring.write_report", broken)
+    with pytest.raises(OutputError, match="No space left on device"):
+        score_to_folder(tissue_slide, scorer, tmp_path)
+    assert (folder / "result.json").read_bytes() == before
+    assert os.listdir(tmp_path) == ["tissue"]
+
+
+def test_folder_of_another_slide_is_not_overwritten(tissue_slide, scorer, tmp_path):
+    other = tmp_path / "tissue.svs"
+    other.write_bytes(tissue_slide.read_bytes())
+    score_to_folder(tissue_slide, scorer, tmp_path / "out")
+    with pytest.raises(
+        OutputError, match=r"holds the result of tissue\.tif; choose another --out for tissue\.svs"
+    ):
+        score_to_folder(other, scorer, tmp_path / "out")
+
+
+def test_folder_that_is_no_result_is_not_touched(tissue_slide, scorer, tmp_path):
+    (tmp_path / "tissue").mkdir()
+    (tmp_path / "tissue" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="is not a result"):
+        score_to_folder(tissue_slide, scorer, tmp_path)
+    assert (tmp_path / "tissue" / "thesis.txt").exists()
+
+
+def test_killed_in_the_middle_leaves_no_result_folder(tissue_slide, bundle, tmp_path):
+    """A real process, a real SIGKILL while the report is written."""
+    program = (
+        "import os, signal, sys; import s4mil_monai.scoring as s\n"
+        "s.write_report = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "s.score_to_folder(sys.argv[1], s.load_scorer(sys.argv[2]), sys.argv[3])\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(tissue_slide), str(bundle), str(tmp_path)], check=False
+    )
+    assert process.returncode == -9
+    assert not (tmp_path / "tissue").exists()
+    score_to_folder(tissue_slide, load_scorer(bundle), tmp_path)  # and nothing stands in the way
+    assert (tmp_path / "tissue" / "result.json").exists()
+
+
+def test_encoder_the_bundle_was_not_trained_with_is_refused(bundle):
+    with pytest.raises(BundleError, match="features of efficientnet_lite0, not of resnet50_block3"):
+        load_scorer(bundle, encoder="resnet50_block3")
+
+
+def test_other_weights_of_the_encoder_are_refused(bundle, tmp_path):
+    import torch
+
+    from s4mil_monai.features.encoder import ENCODERS
+    from s4mil_monai.weights import read_weights
+
+    state = read_weights(ENCODERS["efficientnet_lite0"].find_weights())
+    state["_conv_stem.weight"] += 0.01
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(BundleError, match="was trained with other weights of efficientnet_lite0"):
+        load_scorer(bundle, encoder_weights=tmp_path / "other.pth")
+
+
+def test_dicom_gives_the_grid_and_the_score_of_the_svs(shared):
+    shipped = load_scorer(Path(__file__).resolve().parents[1] / "bundles" / "s4mil_slide")
+    svs = score_slide(shared / "slides/CMU-1-Small-Region.svs", shipped)
+    dicom = score_slide(shared / "slides/dicom_CMU-1-Small-Region", shipped)
+    assert svs.patches.top_left_px0 == dicom.patches.top_left_px0
+    np.testing.assert_allclose(svs.probabilities, dicom.probabilities, atol=0.02)
