@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def report(folder: Path, split: Split, tiles: Path) -> str:
     return "\n".join(lines)
 
 
-def _bag_figures(bags: list[LabelledBag], scores: np.ndarray) -> tuple[float, float]:
+def _bag_figures(bags: Sequence[LabelledBag], scores: np.ndarray) -> tuple[float, float]:
     labels = [bag.label for bag in bags]
     return float(roc_auc_score(labels, scores)), float(accuracy_score(labels, scores > 0.5))
 

@@ -20,11 +20,11 @@ class _Record(BaseModel):
 class PatchSettings(_Record):
     """Which patches a model reads; part of what it was trained on."""
 
-    mpp: float = Field(0.5, gt=0)
+    mpp: float = Field(default=0.5, gt=0)
     """µm/px the encoder sees; 0.5 is 20x on most scanners."""
-    side_px: int = Field(256, ge=16)
+    side_px: int = Field(default=256, ge=16)
     """Side of a patch as the encoder sees it."""
-    min_tissue: float = Field(0.5, ge=0, le=1)
+    min_tissue: float = Field(default=0.5, ge=0, le=1)
     """Share of a patch that is tissue before it is kept."""
     scan_order: str = "row_major"
     """Name of the order in which patches are read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,27 +100,36 @@ def score_slide(
         OutputError: ``features_path`` cannot be written.
     """
     seconds: dict[str, float] = {}
-    with timed(seconds, "total"):
-        with timed(seconds, "opening"):
-            slide = open_slide(path, assume_mpp=assume_mpp)
-        with slide:
-            try:
-                bag = extract_features(
-                    slide,
-                    scorer.encoder,
-                    scorer.bundle.settings.patches,
-                    patch_stage=scorer.patch_stage,
-                    batch_size=scorer.batch_size,
-                    progress=progress,
-                    seconds=seconds,
-                )
-            except NoTissueError as nothing:
-                return _unscored(slide, scorer, nothing.reason, seconds)
-            record = _slide_record(slide, bag.origin.slide_sha256, bag.origin.patch_note)
-        with timed(seconds, "aggregation"):
-            scores = _score_bag(bag, scorer.bundle)
-        if features_path is not None:
-            save_bag(features_path, bag)
+    with timed(seconds, "opening"):
+        slide = open_slide(path, assume_mpp=assume_mpp)
+    with slide:
+        return _score_open(slide, scorer, features_path, progress, seconds)
+
+
+def _score_open(
+    slide: Slide,
+    scorer: Scorer,
+    features_path: Path | None,
+    progress: Progress | None,
+    seconds: dict[str, float],
+) -> SlideResult:
+    try:
+        bag = extract_features(
+            slide,
+            scorer.encoder,
+            scorer.bundle.settings.patches,
+            patch_stage=scorer.patch_stage,
+            batch_size=scorer.batch_size,
+            progress=progress,
+            seconds=seconds,
+        )
+    except NoTissueError as nothing:
+        return _unscored(slide, scorer, nothing.reason, seconds)
+    with timed(seconds, "aggregation"):
+        scores = _score_bag(bag, scorer.bundle)
+    if features_path is not None:
+        save_bag(features_path, bag)
+    record = _slide_record(slide, bag.origin.slide_sha256, bag.origin.patch_note)
     return SlideResult(status="scored", slide=record, **_common(scorer), **scores, seconds=_rounded(seconds))
 
 
@@ -207,7 +215,8 @@ def software_versions() -> dict[str, str]:
 
 
 def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {stage: round(value, 3) for stage, value in seconds.items()}
+    known = {stage: round(value, 3) for stage, value in seconds.items()}
+    return {**known, "total": round(sum(seconds.values()), 3)}
 
 
 def score_to_folder(
@@ -217,7 +226,6 @@ def score_to_folder(
     *,
     assume_mpp: float | None = None,
     progress: Progress | None = None,
-    tell: Callable[[SlideResult], None] = lambda result: None,
 ) -> tuple[SlideResult, Path]:
     """Score one slide and write ``result.json``, pictures, regions, features and report as one folder.
 
@@ -229,7 +237,6 @@ def score_to_folder(
         out: Folder that gets a folder for the slide.
         assume_mpp: As in :func:`score_slide`.
         progress: As in :func:`score_slide`.
-        tell: Called with the result before pictures are drawn.
 
     Returns:
         The result and its folder.
@@ -240,12 +247,12 @@ def score_to_folder(
     """
     path = Path(path)
     target = check_target(Path(out), path)
+    seconds: dict[str, float] = {}
     with whole_folder(target) as part:
-        result = score_slide(
-            path, scorer, assume_mpp=assume_mpp, features_path=part / "features.h5", progress=progress
-        )
-        tell(result)
-        with open_slide(path, assume_mpp=assume_mpp) as slide:
+        with timed(seconds, "opening"):
+            slide = open_slide(path, assume_mpp=assume_mpp)
+        with slide:
+            result = _score_open(slide, scorer, part / "features.h5", progress, seconds)
             picture = write_heatmap(result, slide, part / "heatmap.png")
             write_geojson(result, part / "regions.geojson")
             write_report(result, slide, picture, part / "report.html")

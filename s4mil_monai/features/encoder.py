@@ -44,7 +44,7 @@ class Encoder:
         self.fingerprint = fingerprint
         """SHA-256 over names and values of the parameters used, whatever file they came in."""
         self.device = device
-        self._network = network.to(device, memory_format=torch.channels_last)
+        self._network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def encode(self, patches: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def _resnet50_block3() -> nn.Module:
         feed_forward=False,
         bias_downsample=False,
     )
-    network.layer4 = nn.Identity()  # the paper cuts after the third block: 1024 features, mean pooled
+    network.add_module("layer4", nn.Identity())  # the paper cuts after the third block: 1024 features, mean pooled
     return network
 
 
@@ -168,8 +168,8 @@ ENCODERS: dict[str, EncoderSpec] = {
         EncoderSpec(
             name="efficientnet_lite0",
             width=1280,
-            mean=(127 / 255,) * 3,
-            deviation=(128 / 255,) * 3,
+            mean=(127 / 255, 127 / 255, 127 / 255),
+            deviation=(128 / 255, 128 / 255, 128 / 255),
             build=_efficientnet_lite0,
             find_weights=_packaged_efficientnet_lite0,
             unused=("_fc.",),

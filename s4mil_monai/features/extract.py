@@ -14,11 +14,12 @@ from torch import Tensor
 
 from s4mil_monai import __version__
 from s4mil_monai.features.encoder import Encoder
-from s4mil_monai.features.patch_batches import choose_patch_batches
+from s4mil_monai.features.patch_stage import choose_patch_batches
 from s4mil_monai.features.store import FeatureBag, FeatureOrigin
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.fingerprint import fingerprint_slide
 from s4mil_monai.slides.grid import PatchGrid, lay_grid
+from s4mil_monai.slides.patches import read_patches
 from s4mil_monai.slides.resolution import plan_reading
 from s4mil_monai.slides.slide import Slide
 from s4mil_monai.slides.tissue import find_tissue
@@ -113,7 +114,7 @@ def encode_patches(
     """(n, width) features of a grid's patches, reading ahead while the encoder works."""
     spec = encoder.spec
     batches = prepare_ahead(
-        choose_patch_batches(patch_stage)(
+        choose_patch_batches(patch_stage, encoder.device)(
             read_ahead(slide, grid, batch_size=batch_size),
             patch_side_px=grid.plan.patch_side_px,
             mean=spec.mean,
@@ -151,16 +152,10 @@ def prepare_ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def read_ahead(slide: Slide, grid: PatchGrid, *, batch_size: int) -> Iterator[NDArray[np.uint8]]:
     """Give (n, s, s, 3) batches of regions in scan order, a bounded number of them read ahead."""
-    side = grid.plan.read_side_px
 
     def read(start: int) -> NDArray[np.uint8]:
-        corners = grid.top_left_px0[start : start + batch_size].tolist()
-        return np.stack(
-            [
-                slide.read_region(top_left_px0=(x, y), size_px=(side, side), level=grid.plan.level)
-                for x, y in corners
-            ]
-        )
+        corners = [(x, y) for x, y in grid.top_left_px0[start : start + batch_size].tolist()]
+        return read_patches(slide, corners, side_px=grid.plan.read_side_px, level=grid.plan.level)
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         starts = iter(range(0, len(grid), batch_size))

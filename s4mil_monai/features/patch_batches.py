@@ -9,7 +9,7 @@ the same numbers, borders included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Protocol
 
@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-
-from s4mil_monai.errors import UnknownNameError
 
 RGB = tuple[float, float, float]
 
@@ -90,24 +88,3 @@ def resampling_weights(from_px: int, to_px: int) -> Tensor:
     rows = np.broadcast_to(np.arange(to_px)[:, None], taps.shape)
     np.add.at(matrix, (rows, np.clip(taps, 0, from_px - 1).astype(int)), weights)
     return torch.from_numpy(matrix).float()
-
-
-def choose_patch_batches(name: str) -> PatchBatches:
-    """The form called ``torch`` or ``dali``.
-
-    Raises:
-        UnknownNameError: No form of that name.
-        MissingExtraError: DALI is not installed.
-    """
-    forms: dict[str, Callable[[], PatchBatches]] = {"torch": lambda: torch_batches, "dali": _dali}
-    if name not in forms:
-        raise UnknownNameError("patch stage", name, tuple(forms))
-    return forms[name]()
-
-
-def _dali() -> PatchBatches:
-    from s4mil_monai.extras import require
-    from s4mil_monai.features.dali_batches import dali_batches
-
-    require("nvidia.dali", extra="dali")
-    return dali_batches

@@ -30,9 +30,9 @@ class NetworkSettings(_Settings):
 
     in_features: int = Field(gt=0)
     classes: int = Field(ge=2)
-    width: int = Field(512, gt=0)
-    state_dim: int = Field(32, ge=2)
-    layers: int = Field(1, ge=1)
+    width: int = Field(default=512, gt=0)
+    state_dim: int = Field(default=32, ge=2)
+    layers: int = Field(default=1, ge=1)
 
 
 class WeightsSettings(_Settings):
@@ -74,8 +74,8 @@ def load_bundle(folder: str | Path) -> Bundle:
     settings = _read_settings(folder, metadata)
     weights = folder / settings.weights.path
     found = _sha256(weights)
-    network = SlideLogits(S4MIL(**settings.network.model_dump()))
-    load_state(network, read_weights(weights), weights)
+    model = S4MIL(**settings.network.model_dump())
+    load_state(SlideLogits(model), read_weights(weights), weights)
     if found != settings.weights.sha256:
         raise WeightsError(
             str(weights),
@@ -87,7 +87,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         sha256=found,
         intended_use=str(metadata.get("intended_use", "")),
     )
-    return Bundle(record, settings, network.model.eval().requires_grad_(False))
+    return Bundle(record, settings, model.eval().requires_grad_(False))
 
 
 def _read_metadata(folder: Path) -> dict:

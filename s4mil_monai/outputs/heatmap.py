@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,8 +19,9 @@ LONGEST_SIDE_PX = 1600
 OPACITY = 0.5
 """Of the colours over the slide in ``heatmap.png``; the report lets one slide it."""
 
-COLOURS = "coolwarm"
-"""Matplotlib's name: blue against, grey undecided, red for; told apart by the colour-blind, and from glass."""
+COLOURS = ((59, 76, 192), (141, 176, 254), (221, 221, 221), (244, 152, 122), (180, 4, 38))
+"""RGB at probabilities 0, 1/4, … 1: blue against, grey undecided, red for (Moreland's cool-warm, which the
+colour-blind tell apart)."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ def write_heatmap(result: SlideResult, slide: Slide, path: Path) -> HeatmapPictu
     overview = read_overview(slide, px0_per_px=max(1.0, max(slide.size_px0) / LONGEST_SIDE_PX))
     heat = paint_heat(result, overview.pixels.shape[:2], overview.px0_per_px)
     picture = HeatmapPicture(overview.pixels, heat, overview.px0_per_px)
-    alpha = heat[..., 3:].astype(np.float32) / 255 * OPACITY
-    blended = overview.pixels * (1 - alpha) + heat[..., :3] * alpha
-    Image.fromarray(np.rint(blended).astype(np.uint8)).save(path, compress_level=1)
+    colours = Image.fromarray(heat)
+    opacity = colours.getchannel("A").point([round(opaque * OPACITY) for opaque in range(256)])
+    blended = Image.fromarray(overview.pixels)
+    blended.paste(colours.convert("RGB"), mask=opacity)
+    blended.save(path, compress_level=1)
     return picture
 
 
@@ -65,9 +67,16 @@ def paint_heat(
     if result.patches is None:
         return heat
     shown = shown_class(result)
-    colours = colormaps[COLOURS]([row[shown] for row in result.patches.probabilities], bytes=True)
+    colours = colour_of(np.array([row[shown] for row in result.patches.probabilities]))
     for (x, y), colour in zip(result.patches.top_left_px0, colours, strict=True):
         left, right = (round(at / px0_per_px[0]) for at in (x, x + result.patches.side_px0))
         top, bottom = (round(at / px0_per_px[1]) for at in (y, y + result.patches.side_px0))
-        heat[top:bottom, left:right] = colour
+        heat[top:bottom, left:right] = (*colour, 255)
     return heat
+
+
+def colour_of(probabilities: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(n, 3) RGB of n probabilities."""
+    stops = np.linspace(0, 1, len(COLOURS))
+    channels = [np.interp(probabilities, stops, channel) for channel in np.transpose(COLOURS)]
+    return np.rint(np.stack(channels, 1)).astype(np.uint8)

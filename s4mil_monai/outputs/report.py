@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from matplotlib import colormaps, colors
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,7 +39,7 @@ def write_report(result: SlideResult, slide: Slide, picture: HeatmapPicture, pat
         height=height,
         opacity=OPACITY,
         deciding=_deciding(result, slide, picture) if result.predicted else [],
-        gradient=", ".join(colors.to_hex(colormaps[COLOURS](at)) for at in np.linspace(0, 1, 9)),
+        gradient=", ".join(f"rgb{colour}" for colour in COLOURS),
         width_mm=slide.size_px0[0] * slide.mpp / 1000,
         height_mm=slide.size_px0[1] * slide.mpp / 1000,
     )

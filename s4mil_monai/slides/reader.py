@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tifffile
@@ -16,7 +16,7 @@ from s4mil_monai.slides.soundness import drop_unsound_levels
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, type[Slide]] = {
+BACKENDS: dict[str, Callable[[Path], Slide]] = {
     backend.backend: backend for backend in (CucimSlide, OpenSlideSlide, TifffileSlide, WsidicomSlide)
 }
 """Reading backends by name."""

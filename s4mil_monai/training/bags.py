@@ -65,8 +65,8 @@ def load_feature_bags(folder: str | Path, table: str | Path, *, encoder: str | N
     if encoder is not None and loaded[0].origin.encoder != encoder:
         raise TableError(str(table), f"features are of {loaded[0].origin.encoder}, wanted {encoder}")
     return [
-        LabelledBag(row.slide, bag.features, int(row.label), row.patient)
-        for row, bag in zip(rows.itertuples(), loaded, strict=True)
+        LabelledBag(slide, bag.features, label, patient)
+        for slide, label, patient, bag in zip(rows["slide"], rows["label"], rows["patient"], loaded, strict=True)
     ]
 
 
@@ -86,7 +86,7 @@ def read_label_table(table: str | Path) -> pd.DataFrame:
     twice = rows["slide"][rows["slide"].duplicated()]
     if len(twice):
         raise TableError(str(table), f"names twice {_listed(list(twice))}")
-    labels = pd.to_numeric(rows["label"], errors="coerce")
+    labels = pd.Series(pd.to_numeric(rows["label"], errors="coerce"))
     odd = rows[labels.isna() | (labels < 0) | (labels % 1 != 0)]
     if len(odd):
         raise TableError(

@@ -65,12 +65,12 @@ def test_damaged_patch_in_the_middle_stops_the_slide_and_no_thread_hangs(tissue_
         real = slide._read_inside
 
         def damaged(x, y, *rest):
-            if (x, y) == (768, 512):
+            if y == 512:
                 raise RuntimeError("Huffman table corrupt")
             return real(x, y, *rest)
 
         monkeypatch.setattr(slide, "_read_inside", damaged)
-        with pytest.raises(UnreadableSlideError, match=r"tissue\.tif: .* at \(768, 512\) .*Huffman table corrupt"):
+        with pytest.raises(UnreadableSlideError, match=r"tissue\.tif: .* at \(\d+, 512\) .*Huffman table corrupt"):
             list(read_ahead(slide, grid, batch_size=2))
 
 

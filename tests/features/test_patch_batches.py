@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from s4mil_monai.errors import UnknownNameError
-from s4mil_monai.features.patch_batches import choose_patch_batches, resampling_weights
+from s4mil_monai.features.patch_batches import resampling_weights
+from s4mil_monai.features.patch_stage import choose_patch_batches
 
 NORMALISE = {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}
 
@@ -74,3 +75,14 @@ def test_weights_of_each_pixel_add_up_to_one():
 def test_unknown_form_lists_the_known_ones():
     with pytest.raises(UnknownNameError, match="known: torch, dali"):
         choose_patch_batches("opencv")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [64, 55, 109])
+def test_dali_on_the_gpu_gives_the_numbers_of_the_rule(side):
+    pytest.importorskip("nvidia.dali")
+    form = choose_patch_batches("dali", torch.device("cuda"))
+    batches = regions(side)
+    given = list(form(iter(batches), patch_side_px=64, batch_size=4, **NORMALISE))
+    for ours, batch in zip(given, batches, strict=True):
+        assert (ours.cpu() - reference(batch, 64)).abs().max() < 0.01 / 255 / 0.225
