@@ -38,9 +38,7 @@ def main(*slides: str, runs: int = 3) -> None:
     """Print one row a slide; the demonstration slide if none is given."""
     keep_large_buffers()
     encoder = load_encoder("efficientnet_lite0")
-    print(
-        "| slide | patches | whole, s | slide to score, s | encoder, s | whole / encoder | slide to score / encoder |"
-    )
+    print("| slide | patches | whole, s | slide to score, s | encoder, s | whole : encoder | score : encoder |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(slide) for slide in slides] or [

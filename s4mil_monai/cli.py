@@ -139,13 +139,37 @@ def embed(
     return 0
 
 
+def import_checkpoint(checkpoint: str, *, out: str) -> int:
+    """Read a checkpoint of the original authors' S4Model, CLAM_SB, CLAM_MB or TransMIL; write it for this package.
+
+    Args:
+        checkpoint: Their .pt, .pth or .safetensors file.
+        out: A .safetensors file with our parameter names, kind and settings.
+    """
+    from s4mil_monai.models.checkpoints import import_checkpoint as read
+    from s4mil_monai.models.checkpoints import save_imported
+
+    if not out.endswith(".safetensors"):
+        raise UsageError(f"--out is a .safetensors file, got {out}")
+    imported = read(checkpoint)
+    save_imported(imported, Path(out))
+    described = ", ".join(f"{name} {value}" for name, value in imported.settings.items())
+    print(f"{checkpoint}: {imported.kind} ({described}), written to {out}")
+    return 0
+
+
 def version() -> int:
     """Print the version."""
     print(__version__)
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"score": score, "embed": embed, "version": version}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "score": score,
+    "embed": embed,
+    "import-checkpoint": import_checkpoint,
+    "version": version,
+}
 """Commands by name; their keyword arguments are the options."""
 
 
@@ -220,6 +244,13 @@ def _check_usage(arguments: list[str]) -> None:
     missing = [key for key in wanted if key not in known.values()][len(positional) :]
     if missing:
         raise UsageError(f"{name} needs {missing[0].upper()}; see s4mil {name} --help")
+    for key, parameter in parameters.items():
+        if (
+            parameter.kind is parameter.KEYWORD_ONLY
+            and parameter.default is parameter.empty
+            and key not in known.values()
+        ):
+            raise UsageError(f"{name} needs --{key}; see s4mil {name} --help")
     if len(positional) > len(wanted):
         raise UsageError(f"{name} takes {len(wanted)} argument(s), got also {positional[len(wanted)]!r}")
 

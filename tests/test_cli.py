@@ -52,7 +52,7 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
         (["score", "nowhere.svs"], 2, "nowhere.svs: there is no such slide"),
         (["score"], 2, "score needs SLIDE"),
         (["score", "a", "b"], 2, "score takes 1 argument(s), got also 'b'"),
-        (["socre", "a"], 2, "unknown command 'socre'; known: score, embed, version"),
+        (["socre", "a"], 2, "unknown command 'socre'; known: score, embed, import-checkpoint, version"),
         (
             ["score", "SLIDE", "--ouput", "x"],
             2,
@@ -85,6 +85,28 @@ def test_wrong_use_is_one_line_and_a_code(s4mil, tissue_slide, bundle, arguments
     assert len(complaint) == 1
     assert message in complaint[0]
     assert out == []
+
+
+def test_checkpoint_of_the_authors_is_imported(s4mil, shared, tmp_path):
+    source = shared / "reference/s4model_tiny.safetensors"
+    code, out, _ = s4mil("import-checkpoint", source, "--out", tmp_path / "ours.safetensors")
+    assert code == 0
+    settings = "in_features 16, classes 3, width 8, state_dim 4"
+    assert out == [f"{source}: S4Model ({settings}), written to {tmp_path}/ours.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["import-checkpoint", "x.pt"], 2, "import-checkpoint needs --out"),
+        (["import-checkpoint", "x.pt", "--out", "y.pt"], 2, "--out is a .safetensors file, got y.pt"),
+        (["import-checkpoint", "x.pt", "--out", "y.safetensors"], 1, "x.pt: there is no such weights file"),
+    ],
+)
+def test_import_that_cannot_be_is_one_line(s4mil, arguments, code, message):
+    found, out, complaint = s4mil(*arguments)
+    assert (found, out, len(complaint)) == (code, [], 1)
+    assert message in complaint[0]
 
 
 def test_identifiers_stay_text(s4mil, tissue_slide, bundle, tmp_path):

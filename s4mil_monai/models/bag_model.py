@@ -51,7 +51,8 @@ class BagModel(nn.Module, ABC):
             raise ValueError(f"wanted a mask {tuple(features.shape[:2])}, got {tuple(mask.shape)}")
         if mask is not None and not bool(mask.any(dim=1).all()):
             raise ValueError("the mask leaves a bag without patches")
-        if not bool(torch.isfinite(features.sum())):  # one pass: a sum is finite only if all of it is
+        # one pass without a copy: the sum is finite only if all is; in float32, for half precision overflows
+        if not bool(torch.isfinite(features.sum(dtype=torch.float32))):
             raise ValueError("features are not finite: NaN or infinity among them; embed the slide again")
 
 
@@ -71,3 +72,11 @@ def keep_valid(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values
     return values.masked_fill(~mask.bool().unsqueeze(-1), torch.finfo(values.dtype).min)
+
+
+def mean_valid(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average (B, L, H) values over the patches that are no padding; (B, H)."""
+    if mask is None:
+        return values.mean(dim=1)
+    valid = mask.bool().unsqueeze(-1)  # (B, L, 1)
+    return values.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1)

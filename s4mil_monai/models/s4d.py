@@ -6,8 +6,8 @@ Models", NeurIPS 2022. For each of H channels, with n = N/2 complex modes (each 
 - ``A`` (H, n) diagonal of the continuous system, ``Re A < 0``;
 - ``C`` (H, n) output weights; the input weights ``B`` are 1, absorbed into C;
 - ``dt`` (H,) step size; ``D`` (H,) skip;
-- ``dA = exp(dt A)`` and ``Cd = C (dA - 1) / A``: the discrete system, zero-order hold (the authors' code;
-  the paper's text says bilinear);
+- ``dA = exp(dt A)`` and ``Cd = C (dA - 1) / A``: the discrete system by zero-order hold, as the authors' code has
+  it; the paper's text says bilinear, ``dA = (1 + dt A / 2) / (1 - dt A / 2)``, ``Cd = C dt / (1 - dt A / 2)``;
 - ``K_l = 2 Re Σ_n Cd_n dA_n^l`` (H, L): the kernel, so that ``y = K * u + D u``.
 
 Powers of dA are computed in float64 and rounded once.
@@ -16,16 +16,19 @@ Powers of dA are computed in float64 and rounded once.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from s4mil_monai.models.fast_linear import fast_linear
+
 BLOCK = 64
 """Patches in a block: a Toeplitz product inside, a state of N/2 complex numbers between."""
 
 Computation = Literal["blocks", "fft", "recurrence"]
+Discretization = Literal["zoh", "bilinear"]
 
 
 class S4D(nn.Module):
@@ -36,18 +39,30 @@ class S4D(nn.Module):
         state_dim: N, real size of each channel's state; N/2 complex modes.
         dt_min: Shortest step size at the start, log-uniform between the two.
         dt_max: Longest step size at the start.
+        discretization: ``zoh`` (zero-order hold, the authors' released code) or ``bilinear`` (the paper's text).
 
     Raises:
-        ValueError: ``state_dim`` is odd or not positive.
+        ValueError: ``state_dim`` is odd or not positive, or the discretization is neither of the two.
     """
 
-    def __init__(self, width: int, *, state_dim: int = 32, dt_min: float = 1e-3, dt_max: float = 1e-1):
+    def __init__(
+        self,
+        width: int,
+        *,
+        state_dim: int = 32,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        discretization: Discretization = "zoh",
+    ):
         super().__init__()
         if state_dim < 2 or state_dim % 2:
             raise ValueError(
                 f"state_dim counts real numbers of conjugate pairs: even and positive, got {state_dim}"
             )
+        if discretization not in get_args(Discretization):
+            raise ValueError(f"discretization is one of {get_args(Discretization)}, got {discretization!r}")
         modes = state_dim // 2
+        self.discretization = discretization
         self.width, self.state_dim = width, state_dim
         self.log_dt = nn.Parameter(torch.rand(width) * math.log(dt_max / dt_min) + math.log(dt_min))
         self.log_A_real = nn.Parameter(torch.full((width, modes), math.log(0.5)))
@@ -58,8 +73,11 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, L, H) → (B, L, H); position l sees positions up to l only."""
-        y = F.gelu(self.convolve(u))
-        return F.glu(self.mix(y), dim=-1)
+        return self.mix_channels(self.convolve(u))
+
+    def mix_channels(self, y: Tensor) -> Tensor:
+        """(B, L, H) → (B, L, H): ``GLU(W gelu(y) + b)``."""
+        return F.glu(fast_linear(self.mix, F.gelu(y)), dim=-1)
 
     def convolve(self, u: Tensor, *, computation: Computation = "blocks") -> Tensor:
         """(B, L, H) → ``K * u + D u`` (B, L, H), by one of three computations that agree.
@@ -80,10 +98,15 @@ class S4D(nn.Module):
         return K.flatten(1)[:, :L].float()
 
     def _discrete(self) -> tuple[Tensor, Tensor]:
-        """dA and Cd, (H, n) complex128, by zero-order hold."""
+        """dA and Cd, (H, n) complex128."""
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
-        dA = torch.exp(A * self.log_dt.double().exp().unsqueeze(-1))
-        return dA, torch.view_as_complex(self.C.double().contiguous()) * (dA - 1) / A
+        C = torch.view_as_complex(self.C.double().contiguous())
+        dt = self.log_dt.double().exp().unsqueeze(-1)
+        if self.discretization == "bilinear":
+            half = A * dt / 2
+            return (1 + half) / (1 - half), C * dt / (1 - half)
+        dA = torch.exp(A * dt)
+        return dA, C * (dA - 1) / A
 
     def _by_fft(self, u: Tensor) -> Tensor:
         L = u.shape[1]
@@ -102,28 +125,10 @@ class S4D(nn.Module):
         return torch.stack(y, 1).to(u.dtype) + u * self.D
 
     def _by_blocks(self, u: Tensor) -> Tensor:
-        B, L, H = u.shape
-        T = min(BLOCK, L)
-        Q = -(-L // T)
-        u = F.pad(u, (0, 0, 0, Q * T - L)).view(B, Q, T, H)
-        blocks = u.permute(3, 0, 1, 2).reshape(H, B * Q, T)
-        toeplitz, inject, decay, emit = self._block_constants(T)
-        y = blocks @ toeplitz  # (H, BQ, T), inside the blocks
-        if Q > 1:
-            ends = (blocks @ inject).view(H, B, Q, 2, -1)  # what each block adds to the state
-            before = _states_before(decay, torch.complex(ends[..., 0, :], ends[..., 1, :]))
-            pairs = torch.cat((before.real, before.imag), -1).view(H, B * Q, -1)
-            y = torch.baddbmm(y, pairs, emit)
-        return y.view(H, B, Q * T).permute(1, 2, 0)[:, :L]
+        return convolve_blocks(u, self.block_constants(min(BLOCK, u.shape[1])))[0]
 
-    def _block_constants(self, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Float32 constants of a block of T patches.
-
-        Returns:
-            Toeplitz operator with the skip on its diagonal (H, T, T), to be multiplied from the right;
-            input → state at the block's end (H, T, 2n); decay of the state over a block (H, n) complex64;
-            state → output (H, 2n, T).
-        """
+    def block_constants(self, T: int = BLOCK) -> BlockConstants:
+        """Constants of a block of T patches, computed in float64 and rounded once."""
         dA, Cd = self._discrete()
         decays = powers(dA, T + 1)  # (H, n, T + 1)
         K = 2 * (Cd.unsqueeze(-1) * decays[..., :T]).sum(1).real  # (H, T)
@@ -131,12 +136,47 @@ class S4D(nn.Module):
         toeplitz = F.pad(K, (T - 1, 0)).unfold(1, T, 1).flip(-1)  # [i, j] = K_(i - j)
         inject = decays[..., :T].flip(-1).transpose(1, 2)  # (H, T, n): dA^(T - 1 - j)
         emit = 2 * Cd.unsqueeze(-1) * decays[..., 1:]  # (H, n, T): Cd dA^(i + 1)
-        return (
-            toeplitz.transpose(1, 2).float(),
-            torch.cat((inject.real, inject.imag), -1).float(),
-            decays[..., T].to(torch.complex64),
-            torch.cat((emit.real, -emit.imag), 1).float(),
+        return BlockConstants(
+            inside=torch.cat((toeplitz.transpose(1, 2), inject.real, inject.imag), -1).float(),
+            decay=decays[..., T].to(torch.complex64),
+            emit=torch.cat((emit.real, -emit.imag), 1).float(),
         )
+
+
+class BlockConstants(NamedTuple):
+    """What a block of T patches does to its input and to the state, in real arithmetic."""
+
+    inside: Tensor
+    """(H, T, T + 2n): input → output inside the block, the skip on its diagonal; input → state at its end."""
+    decay: Tensor
+    """(H, n) complex64: factor of the state over a block."""
+    emit: Tensor
+    """(H, 2n, T): state before the block → output inside it."""
+
+
+def convolve_blocks(u: Tensor, constants: BlockConstants, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Convolve a piece of a sequence, given the state its past left behind.
+
+    Args:
+        u: (B, L, H).
+        constants: Of blocks of T patches.
+        state: (H, B, n) complex before the piece; None is the empty past.
+
+    Returns:
+        ``K * u + D u`` (B, L, H), and the state after the piece. The state is that after the last whole block:
+        only a piece whose length is a multiple of T can be followed by another.
+    """
+    B, L, H = u.shape
+    T, n = constants.emit.shape[2], constants.decay.shape[1]
+    Q = -(-L // T)
+    rows = F.pad(u, (0, 0, 0, Q * T - L)).reshape(B * Q * T, H)
+    blocks = rows.t().contiguous().view(H, B * Q, T)
+    both = blocks @ constants.inside  # (H, BQ, T + 2n)
+    ends = both[..., T:].reshape(H, B, Q, 2, n)  # what each block adds to the state
+    before, after = _states(constants.decay, torch.complex(ends[..., 0, :], ends[..., 1, :]), state)
+    pairs = torch.cat((before.real, before.imag), -1).view(H, B * Q, 2 * n)
+    y = torch.baddbmm(both[..., :T], pairs, constants.emit)
+    return y.view(H, B * Q * T).t().contiguous().view(B, Q * T, H)[:, :L], after
 
 
 def powers(base: Tensor, count: int) -> Tensor:
@@ -152,31 +192,35 @@ SCAN_GROUP = 32
 """Blocks scanned one after the other before groups are scanned the same way."""
 
 
-def _states_before(decay: Tensor, added: Tensor) -> Tensor:
-    """State before each block: ``S_0 = 0``, ``S_(q+1) = decay S_q + added_q``.
+def _states(decay: Tensor, added: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before each block and after the last: ``S_(q+1) = decay S_q + added_q``.
 
     Args:
         decay: (H, n) complex, over one block.
         added: (H, B, Q, n) complex.
+        start: (H, B, n) complex, before the first block; zero if None.
 
-    Groups of blocks are scanned side by side, then their ends, so Q blocks take about 2 sqrt(Q) steps.
+    Returns:
+        (H, B, Q, n) and (H, B, n). Groups of blocks are scanned side by side, then their ends, so Q blocks take
+        about 2 sqrt(Q) steps.
     """
     H, B, Q, n = added.shape
     if Q <= SCAN_GROUP:
-        return torch.stack(_scan(decay[:, None], added)[:-1], 2)
+        return _scan(decay[:, None], added, start)
     groups = -(-Q // SCAN_GROUP)
-    added = F.pad(torch.view_as_real(added), (0, 0, 0, 0, 0, groups * SCAN_GROUP - Q))
-    added = torch.view_as_complex(added.contiguous()).view(H, B, groups, SCAN_GROUP, n)
-    *inside, ends = _scan(decay[:, None, None], added)  # each (H, B, groups, n)
-    carried = _states_before(decay**SCAN_GROUP, ends)  # (H, B, groups, n)
+    padded = F.pad(torch.view_as_real(added), (0, 0, 0, 0, 0, groups * SCAN_GROUP - Q))
+    grouped = torch.view_as_complex(padded.contiguous()).view(H, B, groups, SCAN_GROUP, n)
+    inside, ends = _scan(decay[:, None, None], grouped, None)  # (H, B, groups, ..., n)
+    carried, _ = _states(decay**SCAN_GROUP, ends, start)  # (H, B, groups, n)
     fading = powers(decay, SCAN_GROUP).transpose(1, 2)  # (H, SCAN_GROUP, n)
-    states = torch.stack(inside, 3) + fading[:, None, None] * carried.unsqueeze(3)
-    return states.view(H, B, groups * SCAN_GROUP, n)[:, :, :Q]
+    before = inside + fading[:, None, None] * carried.unsqueeze(3)
+    before = before.view(H, B, groups * SCAN_GROUP, n)[:, :, :Q]
+    return before, decay[:, None] * before[:, :, -1] + added[:, :, -1]
 
 
-def _scan(decay: Tensor, added: Tensor) -> list[Tensor]:
-    """States before each entry of the next-to-last axis, then the one after the last."""
-    states = [torch.zeros_like(added[..., 0, :])]
+def _scan(decay: Tensor, added: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before each entry of the next-to-last axis, and the one after the last."""
+    states = [torch.zeros_like(added[..., 0, :]) if start is None else start]
     for entry in added.unbind(-2):
         states.append(decay * states[-1] + entry)
-    return states
+    return torch.stack(states[:-1], -2), states[-1]

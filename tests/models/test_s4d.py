@@ -8,23 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from s4mil_monai.models.s4d import BLOCK, S4D, SCAN_GROUP, powers
+from s4mil_monai.models.s4d import BLOCK, S4D, SCAN_GROUP, convolve_blocks, powers
 
 LENGTHS = [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 500, BLOCK * SCAN_GROUP, BLOCK * SCAN_GROUP + 1, 5000]
 
 
-def layer(width: int = 6, state_dim: int = 8) -> S4D:
+def layer(width: int = 6, state_dim: int = 8, **options) -> S4D:
     torch.manual_seed(0)
-    return S4D(width, state_dim=state_dim)
+    return S4D(width, state_dim=state_dim, **options)
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_convolution_recurrence_and_blocks_agree(length):
-    s4d, u = layer(), torch.randn(2, length, 6)
+def test_convolution_recurrence_and_blocks_agree(length, discretization):
+    s4d, u = layer(discretization=discretization), torch.randn(2, length, 6)
     recurrence = s4d.convolve(u, computation="recurrence")
     assert relative(s4d.convolve(u, computation="blocks"), recurrence) < 1e-5
     assert relative(s4d.convolve(u, computation="fft"), recurrence) < 1e-5
@@ -88,6 +89,24 @@ def test_kernel_of_a_long_bag_never_holds_every_mode_at_every_length():
     with torch.inference_mode(), torch.profiler.profile(profile_memory=True) as profile:
         s4d.kernel(40_000)
     assert max(event.cpu_memory_usage for event in profile.events()) < 66e6
+
+
+def test_longest_sequence_agrees_in_all_three_computations():
+    s4d, u = layer(2, 4), torch.randn(1, 100_000, 2)
+    with torch.inference_mode():
+        recurrence = s4d.convolve(u, computation="recurrence")
+        assert relative(s4d.convolve(u, computation="blocks"), recurrence) < 1e-5
+        assert relative(s4d.convolve(u, computation="fft"), recurrence) < 1e-5
+
+
+def test_pieces_with_the_state_between_them_are_the_whole():
+    s4d, u = layer(), torch.randn(2, 4 * BLOCK + 11, 6)
+    constants = s4d.block_constants()
+    state, pieces = None, []
+    for start, stop in ((0, BLOCK), (BLOCK, 3 * BLOCK), (3 * BLOCK, 4 * BLOCK + 11)):
+        piece, state = convolve_blocks(u[:, start:stop], constants, state)
+        pieces.append(piece)
+    assert relative(torch.cat(pieces, 1), s4d.convolve(u, computation="recurrence")) < 1e-5
 
 
 def test_powers_by_doubling_are_powers():

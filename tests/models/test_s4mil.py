@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from s4mil_monai.models.bag_model import SlideLogits
-from s4mil_monai.models.s4mil import S4MIL
+from s4mil_monai.models.s4mil import S4MIL, SEGMENT
 
 
 @pytest.mark.parametrize(("state_dim", "parameters"), [(32, 1_085_954), (128, 1_184_258)])
@@ -18,42 +17,6 @@ def test_parameter_counts_are_those_of_table_2(state_dim, parameters):
 def tiny(layers: int = 1, classes: int = 3) -> S4MIL:
     torch.manual_seed(0)
     return S4MIL(10, classes=classes, width=12, state_dim=4, layers=layers).eval()
-
-
-def authors_parameters(file) -> dict[str, torch.Tensor]:
-    """The authors' names on ours."""
-    names = {
-        "project.weight": "fc1.0.weight",
-        "project.bias": "fc1.0.bias",
-        "blocks.0.0.weight": "s4_block.0.weight",
-        "blocks.0.0.bias": "s4_block.0.bias",
-        "blocks.0.1.D": "s4_block.1.D",
-        "blocks.0.1.mix.weight": "s4_block.1.output_linear.0.weight",
-        "blocks.0.1.mix.bias": "s4_block.1.output_linear.0.bias",
-        "head.weight": "fc2.weight",
-        "head.bias": "fc2.bias",
-    } | {f"blocks.0.1.{name}": f"s4_block.1.kernel.{name}" for name in ("log_dt", "log_A_real", "A_imag", "C")}
-    state = {ours: file.get_tensor(f"state.{theirs}") for ours, theirs in names.items()}
-    state["blocks.0.1.mix.weight"] = state["blocks.0.1.mix.weight"].squeeze(-1)  # a convolution of width 1
-    return state
-
-
-@pytest.mark.parametrize("name", ["s4model_tiny", "s4model_state32"])
-def test_logits_and_probabilities_are_those_of_the_authors_model(shared, name):
-    with safe_open(shared / f"reference/{name}.safetensors", "pt") as file:
-        about = {key: int(value) for key, value in file.metadata().items() if value.isdigit()}
-        model = S4MIL(
-            about["input_dim"],
-            classes=about["num_classes"],
-            width=about["model_dim"],
-            state_dim=about["state_dim"],
-        )
-        model.load_state_dict(authors_parameters(file))
-        logits = model(file.get_tensor("input.features")).logits
-        torch.testing.assert_close(logits, file.get_tensor("expected.logits"), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            logits.softmax(1), file.get_tensor("expected.probabilities"), rtol=1e-5, atol=1e-6
-        )
 
 
 def test_padding_a_bag_does_not_change_its_score():
@@ -106,8 +69,9 @@ def test_channel_first_form_gives_the_logits_as_one_tensor():
         (torch.zeros(1, 5, 10), torch.ones(1, 4, dtype=torch.bool), r"wanted a mask \(1, 5\), got \(1, 4\)"),
         (torch.zeros(1, 5, 10), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
         (torch.full((1, 5, 10), float("nan")), None, "not finite"),
+        (torch.full((1, 5, 10), float("-inf")), None, "not finite"),
     ],
-    ids=["width", "rank", "empty", "mask shape", "mask empty", "nan"],
+    ids=["width", "rank", "empty", "mask shape", "mask empty", "nan", "infinity"],
 )
 def test_bags_that_cannot_be_read_are_refused(features, mask, message):
     with pytest.raises(ValueError, match=message):
@@ -119,3 +83,63 @@ def test_logits_are_the_same_on_the_gpu():
     model, features = tiny(), torch.randn(1, 3000, 10)
     ours = model(features).logits
     torch.testing.assert_close(model.cuda()(features.cuda()).logits.cpu(), ours, atol=1e-4, rtol=1e-4)
+
+
+SEGMENTED = [1, 63, 64, 65, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT + 100]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("length", SEGMENTED)
+def test_reading_in_segments_gives_what_reading_at_once_gives(layers, length):
+    model, features = tiny(layers), torch.randn(2, length, 10)
+    at_once = model(features)  # gradients are wanted
+    with torch.no_grad():
+        in_segments = model(features)
+    assert in_segments.patch_logits.shape == (2, length, 3)
+    for name in ("logits", "patch_logits", "pooled"):
+        torch.testing.assert_close(getattr(in_segments, name), getattr(at_once, name), atol=1e-5, rtol=1e-5)
+    gathered = at_once.pooled.new_empty(2, 12)
+    values = model.blocks(torch.relu(model.project(features)))
+    for bag in range(2):
+        gathered[bag] = values[bag, in_segments.winners[bag], torch.arange(12)].detach()
+    torch.testing.assert_close(gathered, at_once.pooled, atol=1e-5, rtol=1e-5)  # a winner holds the maximum
+
+
+def test_padding_does_not_matter_when_read_in_segments():
+    model = tiny()
+    features = torch.randn(2, SEGMENT + 500, 10)
+    mask = torch.ones(2, SEGMENT + 500, dtype=torch.bool)
+    mask[1, 700:] = False
+    features[1, 700:] = 1e4
+    with torch.inference_mode():
+        padded = model(features, mask)
+        alone = model(features[1:, :700])
+    torch.testing.assert_close(padded.logits[1:], alone.logits, atol=1e-5, rtol=1e-5)
+    assert padded.winners[1].max() < 700
+
+
+def test_multitask_form_scores_patches_by_a_layer_of_their_own():
+    torch.manual_seed(0)
+    model = S4MIL(10, classes=2, width=12, state_dim=4, patch_classes=5)
+    output = model(torch.randn(1, 30, 10))
+    assert output.patch_logits.shape == (1, 30, 5)
+    output.patch_logits.sum().backward()
+    assert model.patch_head.weight.grad.abs().sum() > 0
+    assert model.head.weight.grad is None
+
+
+def test_bilinear_discretization_is_another_model_that_agrees_for_short_steps():
+    torch.manual_seed(0)
+    held = S4MIL(10, width=12, state_dim=4).eval()
+    bilinear = S4MIL(10, width=12, state_dim=4, discretization="bilinear").eval()
+    bilinear.load_state_dict(held.state_dict())
+    features = torch.randn(1, 40, 10)
+    assert (held(features).logits - bilinear(features).logits).abs().max() > 1e-5
+    for model in (held, bilinear):  # a step so short that both are Euler's
+        model.load_state_dict({**held.state_dict(), "blocks.0.1.log_dt": torch.full((12,), -12.0)})
+    torch.testing.assert_close(held(features).logits, bilinear(features).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_discretization_is_refused():
+    with pytest.raises(ValueError, match="discretization is one of"):
+        S4MIL(10, discretization="euler")
