@@ -16,5 +16,5 @@ def fast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         return layer(x)
     image = x.transpose(1, 2).unsqueeze(-1)  # (B, D, L, 1), channels last in memory
-    weight = layer.weight[..., None, None].to(memory_format=torch.channels_last)
+    weight = layer.weight[..., None, None].to(memory_format=torch.channels_last)  # else the result is not
     return F.conv2d(image, weight, layer.bias).squeeze(-1).transpose(1, 2)

@@ -137,17 +137,23 @@ class S4D(nn.Module):
         inject = decays[..., :T].flip(-1).transpose(1, 2)  # (H, T, n): dA^(T - 1 - j)
         emit = 2 * Cd.unsqueeze(-1) * decays[..., 1:]  # (H, n, T): Cd dA^(i + 1)
         return BlockConstants(
-            inside=torch.cat((toeplitz.transpose(1, 2), inject.real, inject.imag), -1).float(),
+            inside=toeplitz.transpose(1, 2).float().contiguous(),
+            inject=torch.view_as_real(inject).flatten(2).float(),
             decay=decays[..., T].to(torch.complex64),
-            emit=torch.cat((emit.real, -emit.imag), 1).float(),
+            emit=torch.stack((emit.real, -emit.imag), 2).flatten(1, 2).float(),
         )
 
 
 class BlockConstants(NamedTuple):
-    """What a block of T patches does to its input and to the state, in real arithmetic."""
+    """What a block of T patches does to its input and to the state, in real arithmetic.
+
+    A state's real and imaginary parts lie side by side, so that 2n real and n complex numbers are one memory.
+    """
 
     inside: Tensor
-    """(H, T, T + 2n): input → output inside the block, the skip on its diagonal; input → state at its end."""
+    """(H, T, T): input → output inside the block, the skip on its diagonal; multiplied from the right."""
+    inject: Tensor
+    """(H, T, 2n): input → what it adds to the state at the block's end."""
     decay: Tensor
     """(H, n) complex64: factor of the state over a block."""
     emit: Tensor
@@ -167,16 +173,34 @@ def convolve_blocks(u: Tensor, constants: BlockConstants, state: Tensor | None =
         only a piece whose length is a multiple of T can be followed by another.
     """
     B, L, H = u.shape
-    T, n = constants.emit.shape[2], constants.decay.shape[1]
+    T, n = constants.inside.shape[1], constants.decay.shape[1]
     Q = -(-L // T)
-    rows = F.pad(u, (0, 0, 0, Q * T - L)).reshape(B * Q * T, H)
-    blocks = rows.t().contiguous().view(H, B * Q, T)
-    both = blocks @ constants.inside  # (H, BQ, T + 2n)
-    ends = both[..., T:].reshape(H, B, Q, 2, n)  # what each block adds to the state
-    before, after = _states(constants.decay, torch.complex(ends[..., 0, :], ends[..., 1, :]), state)
-    pairs = torch.cat((before.real, before.imag), -1).view(H, B * Q, 2 * n)
-    y = torch.baddbmm(both[..., :T], pairs, constants.emit)
-    return y.view(H, B * Q * T).t().contiguous().view(B, Q * T, H)[:, :L], after
+    rows = F.pad(u, (0, 0, 0, Q * T - L)) if Q * T > L else u
+    blocks = transpose(rows.reshape(B * Q * T, H)).view(H, B * Q, T)
+    added = torch.view_as_complex((blocks @ constants.inject).view(H, B, Q, n, 2))
+    before, after = _states(constants.decay, added, state)
+    pairs = torch.view_as_real(before).reshape(H, B * Q, 2 * n)
+    y = torch.baddbmm(blocks @ constants.inside, pairs, constants.emit)
+    return transpose(y.view(H, B * Q * T)).view(B, Q * T, H)[:, :L], after
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.t().contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.t().contiguous()
+
+
+def transpose(x: Tensor) -> Tensor:
+    """(M, N) → (N, M), contiguous, and so is its gradient.
+
+    The gradient of ``x.t().contiguous()`` is a strided view, which the batched products of the backward pass take
+    apart channel by channel, in hundreds of copies.
+    """
+    return _Transpose.apply(x)  # type: ignore[return-value]
 
 
 def powers(base: Tensor, count: int) -> Tensor:
@@ -222,5 +246,5 @@ def _scan(decay: Tensor, added: Tensor, start: Tensor | None) -> tuple[Tensor, T
     """States before each entry of the next-to-last axis, and the one after the last."""
     states = [torch.zeros_like(added[..., 0, :]) if start is None else start]
     for entry in added.unbind(-2):
-        states.append(decay * states[-1] + entry)
+        states.append(torch.addcmul(entry, decay, states[-1]))
     return torch.stack(states[:-1], -2), states[-1]

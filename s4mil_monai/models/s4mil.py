@@ -12,8 +12,8 @@ from s4mil_monai.models.bag_model import BagModel, BagOutput, keep_valid
 from s4mil_monai.models.fast_linear import fast_linear
 from s4mil_monai.models.s4d import S4D, Discretization, convolve_blocks
 
-SEGMENT = 2048
-"""Patches read at once when no gradients are wanted: a multiple of the S4D's block, small enough for caches."""
+SEGMENT = 8192
+"""Patches read at once when no gradients are wanted: a multiple of the S4D's block, and a bound on memory."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,14 @@ def _keep_larger(maxima: tuple[Tensor, Tensor] | None, values: Tensor, start: in
     """Running (maximum, patch that has it), each (B, H), after a segment of values (B, S, H)."""
     found = values.amax(1)
     if maxima is None:
-        return values.max(1)
+        return found, values.argmax(1)
     pooled, winners = maxima
-    better = found > pooled
-    if not bool(better.any()):
+    bag, channel = (found > pooled).nonzero(as_tuple=True)
+    if len(bag) == 0:
         return maxima
-    place = values.argmax(1) + start
-    return torch.where(better, found, pooled), torch.where(better, place, winners)
+    # few channels find a new maximum once some segments are read: look for its place only there
+    place = values[bag, :, channel].argmax(1) + start
+    return torch.maximum(found, pooled), winners.index_put((bag, channel), place)
 
 
 def authors_names() -> dict[str, str]:
