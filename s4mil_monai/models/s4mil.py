@@ -89,6 +89,10 @@ class S4MIL(BagModel):
             return self._read_whole(features, mask)
         return self._read_in_segments(features, mask)
 
+    def layers(self) -> list[tuple[nn.LayerNorm, S4D]]:
+        """The S4D layers, each with the norm before it."""
+        return [(block[0], block[1]) for block in self.blocks.children()]  # type: ignore[index]
+
     def _read_whole(self, features: Tensor, mask: Tensor | None) -> S4MILOutput:
         """All at once, as gradients need it."""
         values = self.blocks(F.relu(fast_linear(self.project, features)))  # (B, L, H)
@@ -99,7 +103,7 @@ class S4MIL(BagModel):
 
     def _read_in_segments(self, features: Tensor, mask: Tensor | None) -> S4MILOutput:
         """Segment by segment, carrying the state of each layer and the maxima: same numbers, little memory."""
-        layers = [(norm, s4d, s4d.block_constants()) for norm, s4d in self.blocks]
+        layers = [(norm, s4d, s4d.block_constants()) for norm, s4d in self.layers()]
         states: list[Tensor | None] = [None] * len(layers)
         maxima, patch_logits = None, []
         for start in range(0, features.shape[1], SEGMENT):

@@ -178,27 +178,3 @@ def test_weights_and_sample_sizes_out_of_range_are_refused():
         clam_loss(torch.tensor(1.0), torch.tensor(1.0), bag_weight=1.5)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         ClamSB(10, k_sample=0)
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("features", "mask", "message"),
-    [
-        (torch.zeros(1, 5, 9), None, r"wants features \(B, L, 10\), got \(1, 5, 9\)"),
-        (torch.zeros(1, 0, 10), None, "empty bag"),
-        (torch.zeros(1, 5, 10), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
-        (torch.full((1, 5, 10), float("nan")), None, "not finite"),
-    ],
-    ids=["width", "empty", "mask empty", "nan"],
-)
-def test_bags_that_cannot_be_read_are_refused(form, features, mask, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(form)(features, mask)
-
-
-@pytest.mark.gpu
-@BOTH
-def test_logits_are_the_same_on_the_gpu(form):
-    model, features = tiny(form), torch.randn(1, 3000, 10)
-    ours = model(features).logits
-    torch.testing.assert_close(model.cuda()(features.cuda()).logits.cpu(), ours, atol=1e-4, rtol=1e-4)

@@ -114,11 +114,14 @@ def test_every_parameter_of_the_score_learns(any_model):
     ("features", "mask", "message"),
     [
         (torch.zeros(1, 5, D + 1), None, rf"wants features \(B, L, {D}\), got \(1, 5, {D + 1}\)"),
+        (torch.zeros(5, D), None, rf"wants features \(B, L, {D}\), got \(5, {D}\)"),
         (torch.zeros(1, 0, D), None, "empty bag"),
         (torch.full((1, 5, D), float("nan")), None, "not finite"),
+        (torch.full((1, 5, D), float("-inf")), None, "not finite"),
+        (torch.zeros(1, 5, D), torch.ones(1, 4, dtype=torch.bool), r"wanted a mask \(1, 5\), got \(1, 4\)"),
         (torch.zeros(1, 5, D), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
     ],
-    ids=["width", "empty", "nan", "mask"],
+    ids=["width", "rank", "empty", "nan", "infinity", "mask shape", "mask empty"],
 )
 def test_bags_that_cannot_be_read_are_refused(any_model, features, mask, message):
     with pytest.raises(ValueError, match=message):
@@ -128,3 +131,11 @@ def test_bags_that_cannot_be_read_are_refused(any_model, features, mask, message
 def test_channel_first_form_is_one_tensor_for_a_monai_bundle(any_model):
     with torch.no_grad():
         assert SlideLogits(any_model)(torch.randn(2, D, 30)).shape == (2, CLASSES)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_logits_are_the_same_on_the_gpu(any_model):
+    features = torch.randn(2, 3000, D)
+    ours = any_model(features).logits
+    torch.testing.assert_close(any_model.cuda()(features.cuda()).logits.cpu(), ours, atol=1e-3, rtol=1e-3)

@@ -47,24 +47,6 @@ def test_logits_are_zero_and_the_log_odds_calculated_by_hand(pooling, log_odds):
     torch.testing.assert_close(logits.softmax(1)[0, 1].item(), 1 / (1 + math.exp(-log_odds)))
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_padding_a_bag_does_not_change_its_score(pooling, classes):
-    model, features = tiny(pooling, classes), torch.randn(2, 90, 10) - 5  # no maximum is above the padding's 0
-    mask = torch.arange(90) < torch.tensor([[90], [40]])
-    alone = torch.cat([model(features[:1]).logits, model(features[1:, :40]).logits])
-    for filling in (0.0, 1e4):
-        padded = features.masked_fill(~mask[..., None], filling)
-        torch.testing.assert_close(model(padded, mask).logits, alone, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_order_of_the_patches_does_not_change_the_score(pooling):
-    model, features = tiny(pooling), torch.randn(2, 90, 10)
-    shuffled = features[:, torch.randperm(90)]
-    torch.testing.assert_close(model(shuffled).logits, model(features).logits, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_parameter_learns(pooling):
     model = tiny(pooling).train()
@@ -72,21 +54,6 @@ def test_every_parameter_learns(pooling):
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
         assert (parameter.grad != 0).all(), name
-
-
-@pytest.mark.parametrize(
-    ("features", "mask", "message"),
-    [
-        (torch.zeros(1, 5, 9), None, r"wants features \(B, L, 10\), got \(1, 5, 9\)"),
-        (torch.zeros(1, 0, 10), None, "empty bag"),
-        (torch.zeros(1, 5, 10), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
-        (torch.full((1, 5, 10), float("nan")), None, "not finite"),
-    ],
-    ids=["width", "empty", "mask empty", "nan"],
-)
-def test_bags_that_cannot_be_read_are_refused(features, mask, message):
-    with pytest.raises(ValueError, match=message):
-        tiny("mean")(features, mask)
 
 
 @pytest.mark.parametrize("model", [PooledModel, PooledForest])

@@ -19,25 +19,9 @@ def tiny(request):
     return MODELS[request.param](10, classes=3, width=12).eval()
 
 
-@pytest.mark.parametrize(("model", "parameters"), [(LSTMModel, 789_250), (TransformerModel, 1_054_978)])
-def test_parameter_counts_are_those_of_table_2(model, parameters):
-    assert sum(p.numel() for p in model(1024, classes=2).parameters()) == parameters
-
-
 @pytest.mark.parametrize("length", [1, 7])
 def test_every_bag_gets_one_logit_per_class(tiny, length):
     assert tiny(torch.randn(2, length, 10)).logits.shape == (2, 3)
-
-
-@pytest.mark.parametrize("inference", [True, False])
-def test_padding_a_bag_does_not_change_its_score(tiny, inference):
-    features = torch.randn(2, max(LENGTHS), 10)
-    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    padded = features.masked_fill(~mask[..., None], 1e4)
-    with torch.inference_mode(inference):
-        alone = [tiny(features[bag : bag + 1, :length]).logits[0] for bag, length in enumerate(LENGTHS)]
-        together = tiny(padded, mask).logits
-    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 def test_lstm_is_its_own_equations_stepped_patch_by_patch():
@@ -91,26 +75,3 @@ def test_every_parameter_learns_from_a_padded_batch(tiny):
     for name, parameter in tiny.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize(
-    ("features", "mask", "message"),
-    [
-        (torch.zeros(1, 5, 9), None, r"wants features \(B, L, 10\), got \(1, 5, 9\)"),
-        (torch.zeros(1, 0, 10), None, "empty bag"),
-        (torch.zeros(1, 5, 10), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
-        (torch.full((1, 5, 10), float("nan")), None, "not finite"),
-    ],
-    ids=["width", "empty", "mask empty", "nan"],
-)
-def test_bags_that_cannot_be_read_are_refused(tiny, features, mask, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(features, mask)
-
-
-@pytest.mark.gpu
-def test_logits_are_the_same_on_the_gpu(tiny):
-    features, mask = torch.randn(2, 900, 10), torch.arange(900) < torch.tensor([[900], [333]])
-    ours = tiny(features, mask).logits
-    theirs = tiny.cuda()(features.cuda(), mask.cuda()).logits.cpu()
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)

@@ -40,21 +40,6 @@ def test_logits_and_probabilities_are_those_of_the_authors_model(shared):
         )
 
 
-def test_padding_a_bag_does_not_change_its_score():
-    model, (features, mask) = tiny(patch_classes=2), padded_bags()
-    padded, first, second = model(features, mask), model(features[:1]), model(features[1:, :60])
-    torch.testing.assert_close(padded.logits, torch.cat([first.logits, second.logits]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(padded.patch_logits[0], first.patch_logits[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(padded.patch_logits[1, :60], second.patch_logits[0], atol=1e-5, rtol=1e-5)
-
-
-def test_neighbours_in_the_batch_do_not_change_a_score():
-    """Read as one batch the library's scaling would shift it by 1e-3 beside a bag of one repeated patch."""
-    model, bag = tiny(), torch.randn(1, 50, 10)
-    beside = model(torch.cat([bag, bag[:, :1].expand(1, 50, 10)])).logits[:1]
-    torch.testing.assert_close(beside, model(bag).logits, atol=1e-6, rtol=1e-6)
-
-
 @pytest.mark.parametrize("patches", [1, 2, 3, 4, 5, 10, 16, 17])
 def test_square_is_the_next_one_and_repeats_only_the_first_patches(patches):
     square = fill_square(torch.arange(patches).unsqueeze(1)).flatten().tolist()
@@ -86,25 +71,3 @@ def test_slide_and_patch_losses_together_reach_every_parameter():
 def test_width_that_eight_heads_cannot_share_is_refused():
     with pytest.raises(ValueError, match="multiple of 8, the number of heads, got 20"):
         TransMIL(10, width=20)
-
-
-@pytest.mark.parametrize(
-    ("features", "mask", "message"),
-    [
-        (torch.zeros(1, 5, 9), None, r"wants features \(B, L, 10\), got \(1, 5, 9\)"),
-        (torch.zeros(1, 0, 10), None, "empty bag"),
-        (torch.zeros(1, 5, 10), torch.zeros(1, 5, dtype=torch.bool), "leaves a bag without patches"),
-        (torch.full((1, 5, 10), float("nan")), None, "not finite"),
-    ],
-    ids=["width", "empty", "mask empty", "nan"],
-)
-def test_bags_that_cannot_be_read_are_refused(features, mask, message):
-    with pytest.raises(ValueError, match=message):
-        tiny()(features, mask)
-
-
-@pytest.mark.gpu
-def test_logits_are_the_same_on_the_gpu():
-    model, features = tiny(), torch.randn(1, 3000, 10)
-    ours = model(features).logits
-    torch.testing.assert_close(model.cuda()(features.cuda()).logits.cpu(), ours, atol=1e-4, rtol=1e-4)
