@@ -131,17 +131,23 @@ class S4D(nn.Module):
         """Constants of a block of T patches, computed in float64 and rounded once."""
         dA, Cd = self._discrete()
         decays = powers(dA, T + 1)  # (H, n, T + 1)
-        K = 2 * (Cd.unsqueeze(-1) * decays[..., :T]).sum(1).real  # (H, T)
-        K = torch.cat((K[:, :1] + self.D.double().unsqueeze(-1), K[:, 1:]), 1)
-        toeplitz = F.pad(K, (T - 1, 0)).unfold(1, T, 1).flip(-1)  # [i, j] = K_(i - j)
-        inject = decays[..., :T].flip(-1).transpose(1, 2)  # (H, T, n): dA^(T - 1 - j)
         emit = 2 * Cd.unsqueeze(-1) * decays[..., 1:]  # (H, n, T): Cd dA^(i + 1)
+        first = 2 * Cd.real.sum(1, keepdim=True) + self.D.double().unsqueeze(-1)
+        K = torch.cat((first, emit[..., :-1].real.sum(1)), 1).float()  # (H, T), the skip at its start
+        toeplitz = F.pad(K, (T - 1, 0)).unfold(1, T, 1).flip(-1)  # [i, j] = K_(i - j)
+        inject = decays[..., :T].to(torch.complex64).flip(-1)  # (H, n, T): dA^(T - 1 - j)
         return BlockConstants(
-            inside=toeplitz.transpose(1, 2).float().contiguous(),
-            inject=torch.view_as_real(inject).flatten(2).float(),
+            inside=toeplitz.transpose(1, 2).contiguous(),
+            inject=torch.view_as_real(inject.transpose(1, 2).contiguous()).flatten(2),
             decay=decays[..., T].to(torch.complex64),
-            emit=torch.stack((emit.real, -emit.imag), 2).flatten(1, 2).float(),
+            emit=_real_rows(emit.to(torch.complex64)),
         )
+
+
+def _real_rows(emit: Tensor) -> Tensor:
+    """(H, n, T) complex weights → (H, 2n, T) rows for real and imaginary part of each state: Re(e s) is linear."""
+    rows = torch.view_as_real(emit).permute(0, 1, 3, 2)  # (H, n, 2, T)
+    return (rows * torch.tensor([1.0, -1.0], device=emit.device).view(2, 1)).flatten(1, 2)
 
 
 class BlockConstants(NamedTuple):
@@ -204,7 +210,19 @@ def transpose(x: Tensor) -> Tensor:
 
 
 def powers(base: Tensor, count: int) -> Tensor:
-    """``base^0 … base^(count - 1)`` along a new last axis, by doubling; many times faster than complex ``**``."""
+    """``base^0 … base^(count - 1)`` along a new last axis; many times faster than complex ``**``.
+
+    Powers up to about the root of ``count`` by doubling, then all products of small and large ones.
+    """
+    if count <= 16:
+        return _powers_by_doubling(base, count)
+    step = math.isqrt(count - 1) + 1
+    small = _powers_by_doubling(base, step + 1)
+    large = _powers_by_doubling(small[..., step], -(-count // step))
+    return (large.unsqueeze(-1) * small[..., None, :step]).flatten(-2)[..., :count]
+
+
+def _powers_by_doubling(base: Tensor, count: int) -> Tensor:
     found = torch.stack((torch.ones_like(base), base), -1)
     while found.shape[-1] < count:
         next_power = (found[..., -1] * base).unsqueeze(-1)
