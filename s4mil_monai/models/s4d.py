@@ -183,7 +183,8 @@ def convolve_blocks(u: Tensor, constants: BlockConstants, state: Tensor | None =
     Q = -(-L // T)
     rows = F.pad(u, (0, 0, 0, Q * T - L)) if Q * T > L else u
     blocks = transpose(rows.reshape(B * Q * T, H)).view(H, B * Q, T)
-    added = torch.view_as_complex((blocks @ constants.inject).view(H, B, Q, n, 2))
+    # under autocast the product is of half precision; the state never is
+    added = torch.view_as_complex((blocks @ constants.inject).float().view(H, B, Q, n, 2))
     before, after = _states(constants.decay, added, state)
     pairs = torch.view_as_real(before).reshape(H, B * Q, 2 * n)
     y = torch.baddbmm(blocks @ constants.inside, pairs, constants.emit)

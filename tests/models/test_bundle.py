@@ -99,3 +99,11 @@ def test_metadata_that_contradicts_itself_is_refused_with_the_place(copy, change
     edit(copy, change)
     with pytest.raises(BundleError, match=message):
         load_bundle(copy)
+
+
+def test_shipped_metadata_is_what_monais_newest_schema_asks_for(shared):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((shared / "reference" / "meta_schema_20240725.json").read_text())
+    metadata = json.loads((SHIPPED / "configs" / "metadata.json").read_text())
+    jsonschema.validate(metadata, schema)
+    assert metadata["schema"].endswith("meta_schema_20240725.json")

@@ -43,7 +43,7 @@ def test_gradients_of_convolution_recurrence_and_blocks_agree(length):
     assert set(found["blocks"]) == {"log_dt", "log_A_real", "A_imag", "C", "D"}
     for name, wanted in found["recurrence"].items():
         for computation in ("blocks", "fft"):
-            assert relative(found[computation][name], wanted) < 1e-4, (name, computation)
+            assert relative(found[computation][name], wanted) < 1e-5, (name, computation)
 
 
 def test_kernel_is_its_definition():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from s4mil_monai.models.s4d import convolve_blocks
 from s4mil_monai.models.s4mil import S4MIL, SEGMENT
 
 
@@ -104,3 +105,20 @@ def test_bilinear_discretization_is_another_model_that_agrees_for_short_steps():
 def test_unknown_discretization_is_refused():
     with pytest.raises(ValueError, match="discretization is one of"):
         S4MIL(10, discretization="euler")
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["segments", "whole"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_half_precision_products_keep_a_float32_state_and_nearly_the_score(device, gradients):
+    torch.manual_seed(0)
+    model = S4MIL(64, width=128, state_dim=32).eval().to(device)
+    features = torch.randn(1, 3000, 64, device=device)
+    dtype = torch.bfloat16 if device == "cpu" else torch.float16
+    with torch.set_grad_enabled(gradients):
+        exact = model(features).logits
+        with torch.autocast(device, dtype):
+            half = model(features)
+            _, state = convolve_blocks(features.new_ones(1, 128, 128), model.layers()[0][1].block_constants())
+    assert state.dtype == torch.complex64
+    assert half.logits.dtype == dtype  # the products were of half precision
+    assert (half.logits.float() - exact).abs().max() < 0.02 * exact.abs().max() + 0.02
