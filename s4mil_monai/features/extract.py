@@ -113,15 +113,19 @@ def encode_patches(
 ) -> NDArray[np.float32]:
     """(n, width) features of a grid's patches, reading ahead while the encoder works."""
     spec = encoder.spec
-    batches = prepare_ahead(
-        choose_patch_batches(patch_stage, encoder.device)(
-            read_ahead(slide, grid, batch_size=batch_size),
-            patch_side_px=grid.plan.patch_side_px,
-            mean=spec.mean,
-            deviation=spec.deviation,
-            batch_size=batch_size,
-        )
+    # On a CPU the encoder has every core. A reader beside it makes each of its layers wait for the core they
+    # share, which costs more than taking turns.
+    overlap = encoder.device.type != "cpu"
+    read = read_ahead if overlap else read_in_turns
+    batches = choose_patch_batches(patch_stage, encoder.device)(
+        read(slide, grid, batch_size=batch_size),
+        patch_side_px=grid.plan.patch_side_px,
+        mean=spec.mean,
+        deviation=spec.deviation,
+        batch_size=batch_size,
     )
+    if overlap:
+        batches = prepare_ahead(batches)
     features = np.empty((len(grid), spec.width), np.float32)
     done = 0
     while True:
@@ -151,21 +155,31 @@ def prepare_ahead(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def read_ahead(slide: Slide, grid: PatchGrid, *, batch_size: int) -> Iterator[NDArray[np.uint8]]:
-    """Give (n, s, s, 3) batches of regions in scan order, a bounded number of them read ahead."""
-
-    def read(start: int) -> NDArray[np.uint8]:
-        corners = [(x, y) for x, y in grid.top_left_px0[start : start + batch_size].tolist()]
-        return read_patches(slide, corners, side_px=grid.plan.read_side_px, level=grid.plan.level)
-
+    """Give (n, s, s, 3) batches of regions in scan order; a bounded number is read while others are in use."""
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
         starts = iter(range(0, len(grid), batch_size))
         ahead: deque[Future[NDArray[np.uint8]]] = deque(
-            pool.submit(read, start) for start in islice(starts, BATCHES_AHEAD)
+            pool.submit(_read_batch, slide, grid, start, batch_size) for start in islice(starts, BATCHES_AHEAD)
         )
         try:
             while ahead:
                 batch = ahead.popleft().result()
-                ahead.extend(pool.submit(read, start) for start in islice(starts, 1))
+                ahead.extend(
+                    pool.submit(_read_batch, slide, grid, start, batch_size) for start in islice(starts, 1)
+                )
                 yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_in_turns(slide: Slide, grid: PatchGrid, *, batch_size: int) -> Iterator[NDArray[np.uint8]]:
+    """Give the same batches, some read by all threads at once, then none while those are in use."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as pool:
+        starts = iter(range(0, len(grid), batch_size))
+        while group := list(islice(starts, BATCHES_AHEAD)):
+            yield from list(pool.map(lambda start: _read_batch(slide, grid, start, batch_size), group))
+
+
+def _read_batch(slide: Slide, grid: PatchGrid, start: int, batch_size: int) -> NDArray[np.uint8]:
+    corners = [(x, y) for x, y in grid.top_left_px0[start : start + batch_size].tolist()]
+    return read_patches(slide, corners, side_px=grid.plan.read_side_px, level=grid.plan.level)

@@ -54,17 +54,18 @@ def torch_batches(
     shift = -(torch.tensor(mean) / torch.tensor(deviation)).view(3, 1, 1)
     for batch in regions:
         patches = torch.from_numpy(batch).permute(0, 3, 1, 2)
-        yield torch.addcmul(shift, _resample(patches, patch_side_px), scale)
+        # weights of resampling add up to one: normalising first is the same, and touches fewer pixels
+        yield _resample(torch.addcmul(shift, patches, scale), patch_side_px)
 
 
 def _resample(patches: Tensor, side_px: int) -> Tensor:
-    """(n, 3, s, s) uint8 → (n, 3, side_px, side_px) by the contract's rule."""
+    """(n, 3, s, s) → (n, 3, side_px, side_px) by the contract's rule."""
     if patches.shape[2] == side_px:
         return patches
     if patches.shape[2] < side_px:  # nothing to antialias: plain bilinear is the same rule, and faster
-        return F.interpolate(patches.float(), size=side_px, mode="bilinear")
+        return F.interpolate(patches, size=side_px, mode="bilinear")
     weights = resampling_weights(patches.shape[2], side_px)
-    return weights @ patches.float() @ weights.T
+    return weights @ patches @ weights.T
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s4mil_monai.errors import UnreadableSlideError
-from s4mil_monai.features.extract import extract_features, read_ahead
+from s4mil_monai.features.extract import extract_features, prepare_ahead, read_ahead, read_in_turns
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.fingerprint import fingerprint_slide
 from s4mil_monai.slides.grid import lay_grid
@@ -59,7 +59,8 @@ def test_progress_counts_up_to_all_patches(tissue_slide, lite0):
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
-def test_damaged_patch_in_the_middle_stops_the_slide_and_no_thread_hangs(tissue_slide, monkeypatch):
+@pytest.mark.parametrize("read", [read_ahead, read_in_turns])
+def test_damaged_patch_in_the_middle_stops_the_slide_and_no_thread_hangs(tissue_slide, monkeypatch, read):
     with open_slide(tissue_slide) as slide:
         grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
         real = slide._read_inside
@@ -71,16 +72,30 @@ def test_damaged_patch_in_the_middle_stops_the_slide_and_no_thread_hangs(tissue_
 
         monkeypatch.setattr(slide, "_read_inside", damaged)
         with pytest.raises(UnreadableSlideError, match=r"tissue\.tif: .* at \(\d+, 512\) .*Huffman table corrupt"):
-            list(read_ahead(slide, grid, batch_size=2))
+            list(read(slide, grid, batch_size=2))
 
 
-def test_reader_stays_a_bounded_number_of_batches_ahead(tissue_slide):
+def test_reading_ahead_and_in_turns_give_the_same_batches(tissue_slide):
+    with open_slide(tissue_slide) as slide:
+        grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
+        both = zip(read_ahead(slide, grid, batch_size=5), read_in_turns(slide, grid, batch_size=5), strict=True)
+        for ahead, in_turns in both:
+            np.testing.assert_array_equal(ahead, in_turns)
+
+
+def test_preparing_ahead_gives_the_same_batches_in_order():
+    given = [torch.full((1,), float(i)) for i in range(7)]
+    assert [batch.item() for batch in prepare_ahead(iter(given))] == list(range(7))
+
+
+@pytest.mark.parametrize("read", [read_ahead, read_in_turns])
+def test_reader_stays_a_bounded_number_of_batches_ahead(tissue_slide, read):
     with open_slide(tissue_slide) as slide:
         grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
         asked = []
         real = slide.read_region
         slide.read_region = lambda **where: asked.append(where) or real(**where)  # type: ignore[method-assign]
-        batches = read_ahead(slide, grid, batch_size=1)
+        batches = read(slide, grid, batch_size=1)
         next(batches)
         batches.close()
     assert len(asked) <= 5  # one given, four ahead
