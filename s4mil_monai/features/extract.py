@@ -111,7 +111,7 @@ def encode_patches(
     progress: Progress | None,
     seconds: dict[str, float],
 ) -> NDArray[np.float32]:
-    """(n, width) features of a grid's patches, reading ahead while the encoder works."""
+    """(n, width) features of a grid's patches; a GPU encodes while others are read, a CPU takes turns."""
     spec = encoder.spec
     # On a CPU the encoder has every core. A reader beside it makes each of its layers wait for the core they
     # share, which costs more than taking turns.

@@ -72,19 +72,20 @@ def _fitting_backends(path: Path) -> Sequence[str]:
         head = file.read(132)
     if head[:4] in TIFF_MAGIC:
         # cuCIM's libtiff writes to the terminal about files like these; the others are quiet
-        return ("cucim", "openslide", "tifffile") if _check_complete(path) else ("openslide", "tifffile")
+        return ("cucim", "openslide", "tifffile") if _check_pages(path) else ("openslide", "tifffile")
     if head[128:] == b"DICM":
         return ("openslide", "wsidicom")
     return ("openslide",)
 
 
-def _check_complete(path: Path) -> bool:
-    """Whether tifffile finds pages; refuses a file that ends before its pixels do.
+def _check_pages(path: Path) -> bool:
+    """Whether tifffile finds pages; refuses what readers would give wrong colours of without an error.
 
-    cuCIM gives black for tiles beyond the end of a file that was cut short, without an error.
+    cuCIM gives black for tiles beyond the end of a file that was cut short, and takes samples of 16 bits for
+    something they are not.
 
     Raises:
-        UnreadableSlideError: Tiles lie beyond the end of the file.
+        UnreadableSlideError: Tiles lie beyond the end of the file, or samples are not of 8 bits.
     """
     size = path.stat().st_size
     try:
@@ -97,6 +98,11 @@ def _check_complete(path: Path) -> bool:
             ]
     except Exception:  # a directory tifffile cannot follow; the backends will say more
         return False
+    if pages and pages[0].bitspersample != 8:
+        raise UnreadableSlideError(
+            path.name,
+            f"its samples have {pages[0].bitspersample} bits; brightfield slides have 8, export it as 8-bit RGB",
+        )
     if ends and max(ends) > size:
         raise UnreadableSlideError(
             path.name,

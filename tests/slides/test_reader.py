@@ -147,6 +147,14 @@ def test_slide_cut_in_half_is_refused_and_nothing_is_written_to_the_terminal(tmp
     assert capfd.readouterr().err == ""
 
 
+def test_samples_of_16_bits_are_refused_and_not_taken_for_8(tmp_path, capfd):
+    path = tmp_path / "deep.tif"
+    tifffile.imwrite(path, position_picture().astype(np.uint16) * 200, tile=(256, 256), photometric="rgb")
+    with pytest.raises(UnreadableSlideError, match=r"deep\.tif: its samples have 16 bits"):
+        open_slide(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_unknown_backend_lists_the_known_ones(exact_slide):
     with pytest.raises(UnknownNameError, match="known: cucim, openslide, tifffile, wsidicom"):
         open_slide(exact_slide, backends=["vips"])
