@@ -23,7 +23,7 @@ class Resolution:
     mpp: float
     """µm per level-0 pixel."""
     source: str
-    """``override``, ``vendor:NAME``, ``dicom`` or ``tiff``."""
+    """``override``, ``override:slide``, ``override:scanner``, ``vendor:NAME``, ``dicom`` or ``tiff``."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,8 @@ class ReadPlan:
     """µm per pixel of the patches that result."""
     note: str | None = None
     """What whoever reads the score should know, such as upsampling."""
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether what is read is larger than the patch made of it."""
+        return self.read_side_px > self.patch_side_px

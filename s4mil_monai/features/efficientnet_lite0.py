@@ -34,8 +34,10 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.stride[0] > 1:
-            input = F.pad(input, [*self._pads(input.shape[3]), *self._pads(input.shape[2])])
-        return super().forward(input)
+            left, right = self._pads(input.shape[3])
+            top, bottom = self._pads(input.shape[2])
+            input = F.pad(input, [left, right, top, bottom])
+        return self._conv_forward(input, self.weight, self.bias)  # TorchScript knows no super()
 
     def _pads(self, side: int) -> tuple[int, int]:
         stride, kernel = self.stride[0], self.kernel_size[0]
@@ -49,6 +51,8 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 class MBConv(nn.Module):
     """Expand, depthwise, project; added to its input where shapes agree."""
+
+    __constants__ = ("expands",)
 
     def __init__(self, inputs: int, outputs: int, *, expansion: int, stride: int, kernel: int):
         super().__init__()
@@ -64,7 +68,9 @@ class MBConv(nn.Module):
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        hidden = x
+        if self.expands:
+            hidden = F.relu6(self._bn0(self._expand_conv(x)))
         hidden = F.relu6(self._bn1(self._depthwise_conv(hidden)))
         hidden = self._bn2(self._project_conv(hidden))
         return x + hidden if self.adds else hidden

@@ -20,9 +20,6 @@ from s4mil_monai.extras import require
 from s4mil_monai.geometry import Level, SizePx
 from s4mil_monai.slides.slide import WHITE, Slide
 
-DICOM_VL_WSI = "1.2.840.10008.5.1.4.1.1.77.1.6"
-"""SOP class of VL Whole Slide Microscopy Image Storage."""
-
 
 class CucimSlide(Slide):
     """Tiled TIFF and Aperio SVS through cuCIM, the fastest of the four."""
@@ -37,7 +34,7 @@ class CucimSlide(Slide):
         sizes = [(int(width), int(height)) for width, height in found["level_dimensions"]]
         super().__init__(path, _levels(sizes))
 
-    def _read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
+    def read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         # cuCIM divides by the downsample and truncates: the smallest level-0 position that gives x is ceil.
         location = (math.ceil(x * level.downsample), math.ceil(y * level.downsample))
         region = self._image.read_region(location=location, size=(width, height), level=level.number)
@@ -58,7 +55,7 @@ class OpenSlideSlide(Slide):
         self.properties = dict(self._slide.properties)
         super().__init__(path, _levels(list(self._slide.level_dimensions)))
 
-    def _read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
+    def read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         location = (round(x * level.downsample), round(y * level.downsample))
         try:
             rgba = self._slide.read_region(location, level.number, (width, height))
@@ -85,7 +82,7 @@ class TifffileSlide(Slide):
         self._descriptor = os.open(path, os.O_RDONLY)
         super().__init__(path, _levels([(page.imagewidth, page.imagelength) for page in self._pages]))
 
-    def _read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
+    def read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         page = self._pages[level.number]
         region = np.full((height, width, 3), WHITE, np.uint8)
         for index in _segments_over(page, x, y, width, height):
@@ -126,7 +123,7 @@ class WsidicomSlide(Slide):
         self.pixel_spacing_mm = (levels[0].pixel_spacing.width, levels[0].pixel_spacing.height)
         super().__init__(path, _levels([(level.size.width, level.size.height) for level in levels]))
 
-    def _read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
+    def read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         image = self._slide.read_region((x, y), self._indices[level.number], (width, height))
         return _as_rgb(np.asarray(image), width, height)
 
@@ -161,6 +158,8 @@ def _over_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _pyramid_pages(file: Any) -> list[Any]:
     """Pages of the pyramid, finest first: 8-bit, tiled alike, and of one shape; tifffile knows only some."""
     pages = [page.aspage() for page in file.pages]
+    # OME-TIFF keeps the coarser levels in directories of their own below the finest one
+    pages += [level.aspage() for page in pages if page.subifds for level in page.pages or ()]
     pages = [page for page in pages if page.dtype == np.uint8 and page.samplesperpixel in (1, 3, 4)]
     if not pages:
         return []

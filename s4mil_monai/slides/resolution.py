@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
-from pathlib import Path
-
-import tifffile
+from collections.abc import Iterator, Sequence
 
 from s4mil_monai.errors import TooCoarseError, UnreadableSlideError
 from s4mil_monai.geometry import ReadPlan, Resolution
-from s4mil_monai.slides.backends import OpenSlideSlide, WsidicomSlide
+from s4mil_monai.slides.overrides import Overrides
 from s4mil_monai.slides.slide import Slide
+from s4mil_monai.slides.vendor_tags import Finding, read_findings
 
 MAX_UPSAMPLING = 1.25
 """A finest level up to this much coarser than wanted is upsampled, with a note; beyond, refused."""
@@ -20,14 +17,29 @@ MAX_UPSAMPLING = 1.25
 SAME_RESOLUTION = 0.01
 """Levels within 1 % of the wanted µm/px are read as they are: resampling would only blur."""
 
-COARSEST_TIFF_TAG_MPP = 30.0
-"""TIFF tags coarser than this are a printer's default (72, 96, 300 dpi), not a microscope."""
+CONTRADICTION = 0.1
+"""Two sources of one file that differ by more than this share get a note: a pixel is 10 % wider or narrower."""
+
+MAGNIFICATION_TOLERANCE = 1.5
+"""Scanners differ by this factor in what they call 20x."""
+
+UM_AT_1X = 10.0
+"""µm/px of a nominal magnification of 1: 0.5 at 20x, 0.25 at 40x."""
 
 
-def find_resolution(slide: Slide, *, assume_mpp: float | None = None) -> Resolution | None:
+def find_resolution(
+    slide: Slide, *, assume_mpp: float | None = None, overrides: Overrides | None = None
+) -> Resolution | None:
     """Find µm per level-0 pixel: the operator's override, vendor tags, DICOM spacing, then real TIFF tags.
 
-    A backend's default is never taken: cuCIM and MONAI answer 1.0 for slides that do not say.
+    A backend's default is never taken: cuCIM and MONAI answer 1.0 for slides that do not say. Nor is a nominal
+    magnification, which scanners understand differently; it is kept in ``slide.magnification``. Where the file
+    contradicts the value found, ``slide.notes`` says so.
+
+    Args:
+        slide: An open slide.
+        assume_mpp: µm per level-0 pixel of this slide; wins over everything.
+        overrides: The operator's table; wins over the file.
 
     Returns:
         The value and its source, or None where nothing says it.
@@ -36,21 +48,22 @@ def find_resolution(slide: Slide, *, assume_mpp: float | None = None) -> Resolut
         ValueError: ``assume_mpp`` is not a positive number.
         UnreadableSlideError: The pixels are not square, which no patch encoder was trained on.
     """
-    if assume_mpp is not None:
-        if not 0 < assume_mpp < math.inf:
-            raise ValueError(f"assume_mpp is µm per pixel and positive, got {assume_mpp}")
-        return Resolution(float(assume_mpp), "override")
-    sources: tuple[Callable[[Slide], tuple[str, float, float] | None], ...] = (
-        _openslide_properties,
-        _wsidicom_spacing,
-        _tiff_description,
-        _tiff_tags,
-    )
-    for source in sources:
-        found = source(slide)
-        if found is not None:
-            return _square(slide.name, *found)
-    return None
+    if assume_mpp is not None and not 0 < assume_mpp < math.inf:
+        raise ValueError(f"assume_mpp is µm per pixel and positive, got {assume_mpp}")
+    findings = read_findings(slide)
+    slide.magnification = next((f.magnification for f in findings if f.magnification), None)
+    override = (assume_mpp, "override") if assume_mpp is not None else None
+    if override is None and overrides is not None:
+        override = overrides.find(slide, findings)
+    written = next((finding for finding in findings if finding.mpp is not None), None)
+    if override is not None:
+        resolution = Resolution(float(override[0]), override[1])
+    elif written is not None and written.mpp is not None:
+        resolution = _square(slide.name, written.source, *written.mpp)
+    else:
+        return None
+    slide.notes = tuple(dict.fromkeys((*slide.notes, *_contradictions(resolution, findings, slide.magnification))))
+    return resolution
 
 
 def _square(name: str, source: str, mpp_x: float, mpp_y: float) -> Resolution:
@@ -59,73 +72,29 @@ def _square(name: str, source: str, mpp_x: float, mpp_y: float) -> Resolution:
     return Resolution(round((mpp_x + mpp_y) / 2, 6), source)
 
 
-def _openslide_properties(slide: Slide) -> tuple[str, float, float] | None:
-    try:
-        opened = slide if isinstance(slide, OpenSlideSlide) else OpenSlideSlide(slide.path)
-    except Exception:  # OpenSlide does not know the format: the next source may
-        return None
-    if opened is not slide:
-        opened.close()
-    properties = opened.properties
-    vendor = properties.get("openslide.vendor", "")
-    pair = _positive(properties.get("openslide.mpp-x"), properties.get("openslide.mpp-y"))
-    if pair is None or vendor == "generic-tiff":  # plain TIFF tags are judged below
-        return None
-    return ("dicom" if vendor == "dicom" else f"vendor:{vendor}", *pair)
+def _contradictions(
+    resolution: Resolution, findings: Sequence[Finding], magnification: float | None
+) -> Iterator[str]:
+    """One sentence for each other source of the file that says something else."""
+    stated = f"{resolution.mpp:.3g} µm/px by {_in_words(resolution.source)}"
+    others: dict[str, float] = {}
+    for finding in findings:
+        if finding.mpp is not None and finding.source != resolution.source:
+            others.setdefault(finding.source, sum(finding.mpp) / 2)
+    for source, mpp in others.items():
+        if abs(mpp / resolution.mpp - 1) > CONTRADICTION:
+            yield f"{stated}, but {mpp:.3g} by {_in_words(source)}"
+    if magnification is not None:
+        nominal = UM_AT_1X / magnification
+        if not 1 / MAGNIFICATION_TOLERANCE < nominal / resolution.mpp < MAGNIFICATION_TOLERANCE:
+            yield f"{stated}, but its magnification of {magnification:g} means about {nominal:.2g}"
 
 
-def _wsidicom_spacing(slide: Slide) -> tuple[str, float, float] | None:
-    if not isinstance(slide, WsidicomSlide):
-        return None
-    x_mm, y_mm = slide.pixel_spacing_mm
-    return ("dicom", x_mm * 1000, y_mm * 1000)
-
-
-def _tiff_description(slide: Slide) -> tuple[str, float, float] | None:
-    """Aperio's ``MPP = 0.25`` and OME's PhysicalSizeX, for files that OpenSlide cannot open."""
-    text = _tiff_tag_values(slide.path).get("ImageDescription", "")
-    aperio = re.search(r"\|\s*MPP\s*=\s*([\d.]+)", str(text))
-    if aperio and (pair := _positive(aperio[1], aperio[1])):
-        return ("vendor:aperio", *pair)
-    sizes = [re.search(rf'PhysicalSize{axis}="([\d.eE+-]+)"', str(text)) for axis in "XY"]
-    units = re.findall(r'PhysicalSize[XY]Unit="([^"]+)"', str(text))
-    if all(sizes) and all(unit in ("µm", "um") for unit in units):
-        pair = _positive(*(match[1] for match in sizes if match))
-        return ("vendor:ome", *pair) if pair else None
-    return None
-
-
-def _tiff_tags(slide: Slide) -> tuple[str, float, float] | None:
-    tags = _tiff_tag_values(slide.path)
-    um_per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(tags.get("ResolutionUnit", 1)))
-    if um_per_unit is None:
-        return None
-    try:
-        per_unit = [tags[key][0] / tags[key][1] for key in ("XResolution", "YResolution")]
-        pair = _positive(um_per_unit / per_unit[0], um_per_unit / per_unit[1])
-    except (KeyError, ZeroDivisionError):
-        return None
-    if pair is None or max(pair) > COARSEST_TIFF_TAG_MPP:
-        return None
-    return ("tiff", *pair)
-
-
-def _tiff_tag_values(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        with tifffile.TiffFile(path) as file:
-            return {tag.name: tag.value for tag in file.pages.first.tags.values()}
-    except (tifffile.TiffFileError, IndexError, ValueError):
-        return {}
-
-
-def _positive(x: object, y: object) -> tuple[float, float] | None:
-    try:
-        pair = (float(x), float(y))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return pair if all(0 < value < math.inf for value in pair) else None
+def _in_words(source: str) -> str:
+    if source.startswith("override"):
+        return "the operator's override"
+    words = {"dicom": "its DICOM pixel spacing", "tiff": "its TIFF tags"}
+    return words.get(source) or f"the scanner's tag ({source.removeprefix('vendor:')})"
 
 
 def plan_reading(slide: Slide, *, mpp: float, patch_side_px: int) -> ReadPlan:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from s4mil_monai.errors import UnknownResolutionError, UnreadableSlideError
+from s4mil_monai.errors import DecoderHungError, UnknownResolutionError, UnreadableSlideError, first_line
 from s4mil_monai.geometry import Level, PointPx0, Resolution, SizePx
 
 WHITE = 255
@@ -28,6 +28,9 @@ class Slide(ABC):
 
     backend: ClassVar[str]
 
+    magnification: float | None = None
+    """Nominal, as the file says it; no resolution, since scanners differ in what they call 20x."""
+
     def __init__(self, path: Path, levels: Sequence[Level]):
         self.path = path
         self.levels = tuple(levels)
@@ -40,8 +43,8 @@ class Slide(ABC):
 
     @property
     def name(self) -> str:
-        """File or folder name; what results and errors call the slide."""
-        return self.path.name
+        r"""File or folder name; what results and errors call the slide; broken bytes read ``\udcfc``."""
+        return self.path.name.encode("utf-8", "backslashreplace").decode("utf-8")
 
     @property
     def size_px0(self) -> SizePx:
@@ -56,10 +59,12 @@ class Slide(ABC):
             UnknownResolutionError: Neither the file nor the operator says it.
         """
         if self.resolution is None:
+            nominal = f", only a magnification of {self.magnification:g}" if self.magnification else ""
             raise UnknownResolutionError(
                 self.name,
-                "no microns-per-pixel in the file, so 20x cannot be found; "
-                "give the scanner's value with --assume_mpp (0.25 for most 40x scans, 0.5 for 20x)",
+                f"no microns-per-pixel in the file{nominal}, so 20x cannot be found; "
+                "give the scanner's value with --assume_mpp, or in the site's table of resolutions "
+                "(0.25 for most 40x scans, 0.5 for 20x)",
             )
         return self.resolution.mpp
 
@@ -91,16 +96,18 @@ class Slide(ABC):
 
     def _decode(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         try:
-            return self._read_inside(x, y, width, height, level)
+            return self.read_inside(x, y, width, height, level)
+        except DecoderHungError:
+            raise
         except Exception as error:
             raise UnreadableSlideError(
                 self.name,
                 f"{self.backend} cannot decode {width}x{height} pixels at ({x}, {y}) of level {level.number} "
-                f"({_first_line(error)}); the file is damaged or incomplete, copy or scan it again",
+                f"({first_line(error)}); the file is damaged or incomplete, copy or scan it again",
             ) from error
 
     @abstractmethod
-    def _read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
+    def read_inside(self, x: int, y: int, width: int, height: int, level: Level) -> NDArray[np.uint8]:
         """Read (height, width, 3) RGB uint8 at (x, y) in pixels of ``level``, wholly inside it."""
 
     @abstractmethod
@@ -114,7 +121,3 @@ class Slide(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

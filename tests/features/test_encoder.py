@@ -14,6 +14,7 @@ from s4mil_monai.errors import UnknownNameError, WeightsError
 from s4mil_monai.features import encoder as encoders
 from s4mil_monai.features.efficientnet_lite0 import EfficientNetLite0, SameConv2d
 from s4mil_monai.features.encoder import ENCODERS, load_encoder
+from s4mil_monai.features.encoder_runtime import find_processor
 from s4mil_monai.weights import read_weights
 
 
@@ -88,6 +89,22 @@ def test_fingerprint_is_of_the_values_not_of_the_file(resnet_file, tmp_path):
     state["conv1.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
     assert load_encoder("resnet50_block3", weights=tmp_path / "changed.pt").fingerprint != first
+
+
+def test_encoder_says_what_runs_it_and_what_it_is_meant_for(lite0):
+    assert (lite0.runtime, lite0.precision) == ("torch", "float32")
+    for spec in ENCODERS.values():
+        assert (spec.patch_side_px, spec.mpp) == (256, 0.5)
+
+
+@pytest.mark.skipif(not find_processor().has_bfloat16, reason="this processor has no bfloat16")
+def test_half_precision_of_real_weights_is_close_and_misses_the_gate_of_auto(lite0):
+    """Why ``auto`` never chooses it."""
+    half = load_encoder("efficientnet_lite0", precision="bfloat16")
+    assert (half.precision, half.fingerprint) == ("bfloat16", lite0.fingerprint)
+    patch = normalised(immunohistochemistry()[:256, :256], lite0.spec)
+    cosine = F.cosine_similarity(half.encode(patch), lite0.encode(patch)).item()
+    assert 0.99 < cosine < 0.9999
 
 
 def test_unknown_encoder_lists_the_known_ones():

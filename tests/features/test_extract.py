@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from s4mil_monai.errors import UnreadableSlideError
-from s4mil_monai.features.extract import extract_features, prepare_ahead, read_ahead, read_in_turns
+from s4mil_monai.errors import DecoderHungError, UnreadableSlideError
+from s4mil_monai.features.encoder import load_encoder
+from s4mil_monai.features.extract import extract_features
+from s4mil_monai.features.patch_stream import BATCHES_AHEAD
+from s4mil_monai.features.prepare import prepare_slide
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.fingerprint import fingerprint_slide
-from s4mil_monai.slides.grid import lay_grid
+from s4mil_monai.slides.pyramid import write_pyramid
 from s4mil_monai.slides.reader import open_slide
-from s4mil_monai.slides.resolution import plan_reading
-from s4mil_monai.slides.tissue import find_tissue
+from tests.conftest import tissue_picture
 
 
 @pytest.fixture(scope="module")
 def bag(tissue_slide, lite0):
     with open_slide(tissue_slide) as slide:
-        return extract_features(slide, lite0, PatchSettings(), batch_size=5)
+        return extract_features(prepare_slide(slide, PatchSettings()), lite0, batch_size=5).bag
 
 
 def test_every_patch_of_the_grid_has_its_features_in_scan_order(bag, tissue_slide, lite0):
@@ -46,59 +50,102 @@ def test_dali_and_torch_give_the_same_features(tissue_slide, lite0):
     features = []
     for stage in ("torch", "dali"):
         with open_slide(tissue_slide, assume_mpp=0.58) as slide:  # upsampled, so that resizing takes part
-            features.append(extract_features(slide, lite0, PatchSettings(), patch_stage=stage).features)
+            found = extract_features(prepare_slide(slide, PatchSettings()), lite0, patch_stage=stage)
+            features.append(found.bag.features)
     np.testing.assert_allclose(*features, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", ["torch", "dali"])
+def test_reading_ahead_of_a_gpu_gives_the_features_of_the_cpu(tissue_slide, bag, stage):
+    with open_slide(tissue_slide) as slide:
+        encoder = load_encoder("efficientnet_lite0", device="cuda")
+        found = extract_features(prepare_slide(slide, PatchSettings()), encoder, patch_stage=stage, batch_size=5)
+    np.testing.assert_allclose(found.bag.features, bag.features, atol=1e-2)
+    assert found.bag.top_left_px0.tolist() == bag.top_left_px0.tolist()
 
 
 def test_progress_counts_up_to_all_patches(tissue_slide, lite0):
     seen = []
     with open_slide(tissue_slide) as slide:
-        extract_features(
-            slide, lite0, PatchSettings(), batch_size=5, progress=lambda done, total: seen.append((done, total))
-        )
+        prepared = prepare_slide(slide, PatchSettings())
+        extract_features(prepared, lite0, batch_size=5, progress=lambda *counts: seen.append(counts))
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
-@pytest.mark.parametrize("read", [read_ahead, read_in_turns])
-def test_damaged_patch_in_the_middle_stops_the_slide_and_no_thread_hangs(tissue_slide, monkeypatch, read):
-    with open_slide(tissue_slide) as slide:
-        grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
-        real = slide._read_inside
-
-        def damaged(x, y, *rest):
-            if y == 512:
-                raise RuntimeError("Huffman table corrupt")
-            return real(x, y, *rest)
-
-        monkeypatch.setattr(slide, "_read_inside", damaged)
-        with pytest.raises(UnreadableSlideError, match=r"tissue\.tif: .* at \(\d+, 512\) .*Huffman table corrupt"):
-            list(read(slide, grid, batch_size=2))
+def test_damaged_patches_are_left_out_and_said(many_patches, lite0, monkeypatch):
+    with open_slide(many_patches) as slide:
+        prepared = prepare_slide(slide, PatchSettings(side_px=64))
+        damage_reads(slide, monkeypatch, lambda x, y: (x, y) == (512, 512))
+        found = extract_features(prepared, lite0)
+    assert len(found.bag) == len(prepared.grid) - 1 == found.bag.top_left_px0.shape[0]
+    assert [512, 512] in prepared.grid.top_left_px0.tolist()
+    assert [512, 512] not in found.bag.top_left_px0.tolist()
+    assert (found.bag.origin.damaged_patches, found.bag.origin.quality) == (1, "warn")
+    (finding,) = [finding for finding in found.quality.findings if finding.code == "damaged"]
+    assert finding.text.startswith(f"1 of {len(prepared.grid)} patches were left out")
 
 
-def test_reading_ahead_and_in_turns_give_the_same_batches(tissue_slide):
-    with open_slide(tissue_slide) as slide:
-        grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
-        both = zip(read_ahead(slide, grid, batch_size=5), read_in_turns(slide, grid, batch_size=5), strict=True)
-        for ahead, in_turns in both:
-            np.testing.assert_array_equal(ahead, in_turns)
+def test_too_many_damaged_patches_refuse_the_slide(many_patches, lite0, monkeypatch):
+    with open_slide(many_patches) as slide:
+        prepared = prepare_slide(slide, PatchSettings(side_px=64))
+        damage_reads(slide, monkeypatch, lambda x, y: y == 512)
+        with pytest.raises(UnreadableSlideError, match=r"\d+ of 192 patches are damaged, at most 5%"):
+            extract_features(prepared, lite0)
 
 
-def test_preparing_ahead_gives_the_same_batches_in_order():
-    given = [torch.full((1,), float(i)) for i in range(7)]
-    assert [batch.item() for batch in prepare_ahead(iter(given))] == list(range(7))
+def test_a_patch_of_other_colours_than_the_overview_is_left_out(many_patches, lite0, monkeypatch):
+    """As a JPEG tile that lost its bits: it decodes, to something else."""
+    with open_slide(many_patches) as slide:
+        prepared = prepare_slide(slide, PatchSettings(side_px=64))
+        real = slide.read_inside
+
+        def greyed(x, y, width, height, level):
+            region = np.array(real(x, y, width, height, level))
+            if level.number == 0 and y == 512 and x <= 512 < x + width:
+                region[:, 512 - x + 32 : 512 - x + 64] = 128
+            return region
+
+        monkeypatch.setattr(slide, "read_inside", greyed)
+        found = extract_features(prepared, lite0)
+    assert found.bag.origin.damaged_patches == 1
+    assert [512, 512] not in found.bag.top_left_px0.tolist()
 
 
-@pytest.mark.parametrize("read", [read_ahead, read_in_turns])
-def test_reader_stays_a_bounded_number_of_batches_ahead(tissue_slide, read):
-    with open_slide(tissue_slide) as slide:
-        grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
-        asked = []
-        real = slide.read_region
-        slide.read_region = lambda **where: asked.append(where) or real(**where)  # type: ignore[method-assign]
-        batches = read(slide, grid, batch_size=1)
-        next(batches)
-        batches.close()
-    assert len(asked) <= 5  # one given, four ahead
+def test_a_decoder_that_hung_is_not_asked_again(many_patches, lite0, monkeypatch):
+    asked = []
+    with open_slide(many_patches) as slide:
+        prepared = prepare_slide(slide, PatchSettings(side_px=64))
+
+        def hang(x, y, *rest):
+            asked.append((x, y))
+            raise DecoderHungError(slide.name, "did not come back")
+
+        monkeypatch.setattr(slide, "read_inside", hang)
+        with pytest.raises(DecoderHungError):
+            extract_features(prepared, lite0)
+    assert len(asked) <= 2 * BATCHES_AHEAD
+
+
+@pytest.fixture(scope="module")
+def many_patches(tissue_slide, tmp_path_factory) -> Path:
+    """192 patches of 64 px: the overview is read from a level that the patches are not."""
+    return write_pyramid(
+        tissue_picture(), tmp_path_factory.mktemp("many") / "many.tif", mpp=0.5, levels=4, shrink=2.0
+    )
+
+
+def damage_reads(slide, monkeypatch, is_damaged):
+    """As a file does whose tiles cannot be decoded: every read of level 0 that touches a damaged patch fails."""
+    real = slide.read_inside
+
+    def damaged(x, y, width, height, level):
+        corners = [(left, y) for left in range(x, x + width, 64)]
+        if level.number == 0 and any(is_damaged(*corner) for corner in corners):
+            raise RuntimeError("Huffman table corrupt")
+        return real(x, y, width, height, level)
+
+    monkeypatch.setattr(slide, "read_inside", damaged)
 
 
 def test_renamed_copy_has_the_same_fingerprint_and_a_changed_byte_another(tissue_slide, tmp_path):

@@ -41,8 +41,11 @@ def test_neighbours_are_read_at_once(slide, monkeypatch):
     assert reads == [(150, 50), (50, 50), (50, 50)]
 
 
-def test_order_that_is_not_by_rows_is_read_one_by_one(slide):
-    corners = [(100, 0), (50, 0), (0, 0), (0, 50)]
-    patches = read_patches(slide, corners, side_px=50, level=0)
-    for patch, corner in zip(patches, corners, strict=True):
-        np.testing.assert_array_equal(patch, slide.read_region(top_left_px0=corner, size_px=(50, 50)))
+def test_any_order_is_read_in_strips_and_comes_back_in_that_order(slide, monkeypatch):
+    corners = [(100, 50), (50, 0), (0, 0), (50, 50), (0, 0), (300, 0)]
+    single = [slide.read_region(top_left_px0=corner, size_px=(50, 50)) for corner in corners]
+    reads = []
+    real = slide.read_region
+    monkeypatch.setattr(slide, "read_region", lambda **where: reads.append(where["size_px"]) or real(**where))
+    np.testing.assert_array_equal(read_patches(slide, corners, side_px=50, level=0), single)
+    assert sorted(reads) == [(50, 50), (50, 50), (100, 50), (100, 50)]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from s4mil_monai.errors import UnknownNameError, UnreadableSlideError
 from s4mil_monai.slides.pyramid import write_pyramid
 from s4mil_monai.slides.reader import open_slide
+from tests.conftest import tissue_picture
 
 BACKENDS = ["cucim", "openslide", "tifffile"]
 SIZE = (700, 500)
@@ -89,7 +90,11 @@ def test_threads_read_the_same_as_one_thread(slide):
             np.testing.assert_array_equal(ours, alone)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.integers(-400, 900), st.integers(-400, 900), st.integers(1, 300), st.integers(1, 300))
 def test_every_rectangle_is_full_size_and_right(slide, x, y, width, height):
     region = slide.read_region(top_left_px0=(x, y), size_px=(width, height))
@@ -190,3 +195,46 @@ def test_dicom_folder_with_two_slides_is_refused(shared, tmp_path):
         (tmp_path / source.name).symlink_to(source)
     with pytest.raises(UnreadableSlideError, match="2 DICOM slides, wanted one"):
         open_slide(tmp_path, backends=["openslide"])
+
+
+def test_levels_that_ome_tiff_keeps_below_the_finest_are_found(tmp_path):
+    picture = tissue_picture()
+    with tifffile.TiffWriter(tmp_path / "pyramid.ome.tif", ome=True) as file:
+        options = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg2000"}
+        file.write(picture, subifds=1, **options)
+        file.write(picture[::2, ::2], subfiletype=1, **options)
+    with open_slide(tmp_path / "pyramid.ome.tif", backends=["tifffile"]) as slide:
+        assert [level.size_px for level in slide.levels] == [(1536, 1280), (768, 640)]
+        coarse = slide.read_region(top_left_px0=(512, 512), size_px=(64, 64), level=1)
+    np.testing.assert_allclose(coarse.astype(int), picture[512:640:2, 512:640:2], atol=40)
+
+
+def test_ome_tiff_with_coarser_levels_is_read_by_the_reader_that_sees_them(tmp_path):
+    """cuCIM and OpenSlide see level 0 alone: no damage could be told by the coarser levels."""
+    picture = tissue_picture()
+    options = {"tile": (256, 256), "photometric": "rgb", "compression": "jpeg"}
+    for name, subifds in (("pyramid", 1), ("flat", 0)):
+        with tifffile.TiffWriter(tmp_path / f"{name}.ome.tif", ome=True) as file:
+            file.write(picture, subifds=subifds, **options)
+            if subifds:
+                coarser = picture.reshape(640, 2, 768, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
+                file.write(coarser, subfiletype=1, **options)
+    with open_slide(tmp_path / "pyramid.ome.tif") as slide:
+        assert (slide.backend, len(slide.levels), slide.notes) == ("tifffile", 2, ())
+    with open_slide(tmp_path / "flat.ome.tif") as slide:
+        assert (slide.backend, len(slide.levels)) == ("cucim", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "says"),
+    [
+        ("jpeg.svs", b"\xff\xd8\xff\xe0 and more", "it is a JPEG picture and no slide"),
+        ("document.tif", b"%PDF-1.7", "it is a PDF document and no slide"),
+        ("empty.ndpi", b"", "the file is empty"),
+        ("index.mrxs", b"\xff\xd8\xff\xe0 and more", "not a readable slide"),  # Mirax: a JPEG beside its folder
+    ],
+)
+def test_file_with_the_name_of_a_slide_is_refused_as_what_it_is(tmp_path, name, start, says):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(UnreadableSlideError, match=f"{name}: {says}"):
+        open_slide(tmp_path / name)
