@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,55 @@ class TransLayer(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens + self.attention(self.norm(tokens))
+        normed = self.norm(tokens)
+        if tokens.shape[1] < self.attention.num_landmarks:
+            return tokens + attend_few(self.attention, normed)
+        return tokens + self.attention(normed)
+
+
+def attend_few(attention: Any, tokens: Tensor) -> Tensor:
+    """What the library computes for (B, N, H) tokens, fewer than its landmarks, at the price of N + 1 landmarks.
+
+    The library fills N tokens up to its M landmarks with zeros and takes the pseudo-inverse of the (M, M)
+    softmax: 256 landmarks for the 26 tokens of a bag of 25. The M - N rows of zeros are all alike, and so are
+    their columns, so every matrix of its iteration is U a U^T with U the unit vectors of the N tokens and one
+    vector of M - N equal entries: the iteration on ``a``, (N + 1, N + 1), is the same algebra.
+    """
+    heads, n, zeros = attention.heads, tokens.shape[1], attention.num_landmarks - tokens.shape[1]
+    q, k, v = (
+        part.unflatten(2, (heads, -1)).transpose(1, 2) for part in attention.to_qkv(tokens).chunk(3, dim=-1)
+    )  # (B, heads, N, H / heads)
+    a, largest = _softmax_with_zeros(q * attention.scale @ k.transpose(-1, -2), zeros)
+    inverse = _iterate_inverse(a, largest, attention.pinv_iterations)
+    attended = (a @ inverse)[..., :n, :] @ (a[..., :n] @ v)  # zeros have no value
+    attended = attended + attention.res_conv(v)
+    return attention.to_out(attended.transpose(1, 2).flatten(2))
+
+
+def _softmax_with_zeros(similarity: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+    """Softmax of (…, N, N) similarities beside ``zeros`` tokens of zero, in the basis of :func:`attend_few`.
+
+    Also the largest column sum of the whole matrix; its row sums are 1.
+    """
+    n = similarity.shape[-1]
+    beside = similarity.new_full((*similarity.shape[:-1], 1), math.log(zeros))
+    of_tokens = torch.cat([similarity, beside], dim=-1).softmax(-1)  # (…, N, N + 1), the last for all zeros
+    scale = similarity.new_ones(n + 1)
+    scale[n] = zeros**-0.5
+    of_zeros = scale * zeros**0.5 / (n + zeros)
+    of_zeros[n] = zeros / (n + zeros)
+    a = torch.cat([of_tokens * scale, of_zeros.expand(*similarity.shape[:-2], 1, n + 1)], dim=-2)
+    columns = of_tokens.sum(-2) * scale**2 + zeros / (n + zeros)
+    return a, columns.max()
+
+
+def _iterate_inverse(a: Tensor, largest: Tensor, iterations: int) -> Tensor:
+    """Pseudo-inverse of (…, N, N) by the iteration of the Nyströmformer (Xiong et al. 2021, Eq. 11)."""
+    inverse, one = a.transpose(-1, -2) / largest, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        product = a @ inverse
+        inverse = 0.25 * inverse @ (13 * one - product @ (15 * one - product @ (7 * one - product)))
+    return inverse
 
 
 class PositionEncoding(nn.Module):

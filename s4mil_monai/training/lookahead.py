@@ -34,9 +34,9 @@ class Lookahead(Optimizer):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a fast step, and after every k-th the slow one."""
-        loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+        loss = self.optimizer.step(closure)
         self.fast_steps += 1
         if self.fast_steps % self.k == 0:
             for slow, fast in zip(self._slow, self._parameters(), strict=True):
@@ -44,11 +44,11 @@ class Lookahead(Optimizer):
                 fast.copy_(slow)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on where one stopped."""
         return {"optimizer": self.optimizer.state_dict(), "slow": self._slow, "fast_steps": self.fast_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a :meth:`state_dict` was taken."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.param_groups = self.optimizer.param_groups

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from s4mil_monai.training.bags import LabelledBag, as_items
+from s4mil_monai.training.bags import Bag, as_items
 
 
 @dataclass(frozen=True)
 class Split:
     """Bags to train on, to choose the best epoch by, and, where there are any, to report on."""
 
-    train: Sequence[LabelledBag]
-    validation: Sequence[LabelledBag]
-    test: Sequence[LabelledBag] = ()
+    train: Sequence[Bag]
+    validation: Sequence[Bag]
+    test: Sequence[Bag] = ()
 
     @property
     def in_features(self) -> int:
@@ -31,18 +31,18 @@ class Split:
         return 1 + max(bag.label for part in (self.train, self.validation, self.test) for bag in part)
 
     @property
-    def train_items(self) -> list[dict[str, Any]]:
+    def train_items(self) -> Sequence[dict[str, Any]]:
         """Training bags for a MONAI dataset."""
         return as_items(self.train)
 
     @property
-    def validation_items(self) -> list[dict[str, Any]]:
+    def validation_items(self) -> Sequence[dict[str, Any]]:
         """Validation bags for a MONAI dataset."""
         return as_items(self.validation)
 
 
 def split_bags(
-    bags: Sequence[LabelledBag], *, folds: int = 5, fold: int = 0, seed: int = 0, standardize: bool = False
+    bags: Sequence[Bag], *, folds: int = 5, fold: int = 0, seed: int = 0, standardize: bool = False
 ) -> Split:
     """Take one of ``folds`` stratified, patient-grouped folds for validation and the rest for training.
 
@@ -76,7 +76,8 @@ def standardize_split(split: Split) -> Split:
     mean, deviation = patches.mean(0), patches.std(0)
     deviation[deviation == 0] = 1
 
-    def scaled(bags: Sequence[LabelledBag]) -> list[LabelledBag]:
-        return [replace(bag, features=((bag.features - mean) / deviation).astype(np.float32)) for bag in bags]
+    def scaled(bags: Sequence[Bag]) -> list[Bag]:
+        loaded = (bag.loaded() for bag in bags)
+        return [replace(bag, features=((bag.features - mean) / deviation).astype(np.float32)) for bag in loaded]
 
     return Split(scaled(split.train), scaled(split.validation), scaled(split.test))

@@ -44,7 +44,7 @@ def load_ucsb_breast(folder: str | Path) -> list[LabelledBag]:
         LabelledBag(
             slide=f"ucsb_{bag}",
             features=group.iloc[:, 2:].to_numpy(np.float32),
-            label=int(group.iloc[0, 0]),
+            label=int(group[0].iloc[0]),
             patient=f"ucsb_{bag}",
         )
         for bag, group in rows.groupby(1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 
 from s4mil_monai.errors import WeightsError
-from s4mil_monai.models.pooled import PooledForest, PooledModel, load_forest, pool_bags
+from s4mil_monai.models.pooled import (
+    TRUSTED_TYPES,
+    PooledForest,
+    PooledModel,
+    fit_logistic,
+    is_sealed,
+    load_forest,
+    pool_bags,
+    seal,
+)
 
 POOLINGS = ("mean", "max")
 
@@ -85,6 +97,28 @@ def test_pooled_vectors_are_those_calculated_by_hand():
     bags = [np.array([[1, 0], [3, 6]], np.float32), np.array([[-2, -4]], np.float32)]
     assert pool_bags(bags, "mean").tolist() == [[2, 3], [-2, -4]]
     assert pool_bags(bags, "max").tolist() == [[3, 6], [-2, -4]]
+
+
+@pytest.mark.parametrize("use", ["solve", "fit", "predict"])
+def test_features_of_one_slide_are_let_go_before_the_next_are_read(use, forest):
+    bags, labels = draw_bags()
+    seen: list[weakref.ref] = []
+
+    def read() -> Iterator[np.ndarray]:
+        for number in range(len(bags)):
+            features = bags[number].copy()
+            seen.append(weakref.ref(features))
+            yield features
+            del features
+            assert sum(bag() is not None for bag in seen) <= 1  # the one that was just pooled
+
+    if use == "solve":
+        fit_logistic(PooledModel(6), read(), labels)
+    elif use == "fit":
+        PooledForest(trees=2).fit(read(), labels)
+    else:
+        assert len(forest.predict_proba(read())) == len(bags)
+    assert len(seen) == len(bags)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -162,17 +196,43 @@ def test_forest_file_that_is_missing_is_named(tmp_path):
         load_forest(tmp_path / "forest.skops")
 
 
-@pytest.mark.parametrize("damage", ["empty", "start only", "end lost", "one bit"])
+@pytest.mark.parametrize("damage", ["empty", "start only", "end lost", "longer"])
 def test_damaged_forest_file_is_refused(tmp_path, forest, damage):
     path = tmp_path / "forest.skops"
     forest.save(path)
     whole = path.read_bytes()
-    middle = len(whole) // 2
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    parts = {"empty": b"", "start only": whole[:middle], "end lost": whole[:-10], "one bit": flipped}
+    parts = {"empty": b"", "start only": whole[: len(whole) // 2], "end lost": whole[:-10], "longer": whole + b"0"}
     path.write_bytes(parts[damage])
     with pytest.raises(WeightsError, match=r"forest\.skops: damaged"):
         load_forest(path)
+
+
+def test_forest_file_is_refused_whichever_byte_of_it_differs(tmp_path, forest):
+    """Headers of the zip and its checksum too: the first and last 300 bytes and 300 between, all eight bits."""
+    path = tmp_path / "forest.skops"
+    forest.save(path)
+    whole = path.read_bytes()
+    assert is_sealed(whole)
+    inside = np.linspace(300, len(whole) - 300, 300, dtype=int)
+    for where in (*range(300), *inside.tolist(), *range(-300, 0)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[where] ^= 1 << bit
+            assert not is_sealed(bytes(damaged)), (where, bit)
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(WeightsError, match=r"forest\.skops: damaged"):
+        load_forest(path)
+
+
+def test_sealed_forest_file_is_still_a_skops_file(tmp_path, forest):
+    forest.save(tmp_path / "forest.skops")
+    content = skops.io.load(tmp_path / "forest.skops", trusted=list(TRUSTED_TYPES))
+    assert content["classes"] == 2
+
+
+def save_sealed(content: object, path: Path) -> None:
+    """As someone who knows how files are sealed can write them."""
+    path.write_bytes(seal(skops.io.dumps(content)))
 
 
 def make_file(path: str) -> str:
@@ -195,7 +255,7 @@ class Hostile:
 def test_pickle_is_refused_and_its_code_does_not_run(tmp_path):
     path, trace = tmp_path / "forest.skops", tmp_path / "trace"
     path.write_bytes(pickle.dumps(Hostile(str(trace))))
-    with pytest.raises(WeightsError, match="no forest saved with skops"):
+    with pytest.raises(WeightsError, match="no forest saved with skops by s4mil_monai"):
         load_forest(path)
     assert not trace.exists()
 
@@ -203,7 +263,7 @@ def test_pickle_is_refused_and_its_code_does_not_run(tmp_path):
 def test_file_with_a_function_of_its_own_is_refused_by_name(tmp_path, forest):
     path = tmp_path / "forest.skops"
     content = {"pooling": "mean", "classes": 2, "forest": forest.forest, "more": FunctionTransformer(make_file)}
-    skops.io.dump(content, path)
+    save_sealed(content, path)
     with pytest.raises(WeightsError, match=r"holds .*make_file, which no forest does; it was not loaded"):
         load_forest(path)
 
@@ -223,6 +283,42 @@ def test_file_with_a_function_of_its_own_is_refused_by_name(tmp_path, forest):
     ids=["list", "lacks the forest", "pooling", "not fitted", "another model"],
 )
 def test_file_that_holds_something_else_is_refused(tmp_path, content, message):
-    skops.io.dump(content, tmp_path / "forest.skops")
+    save_sealed(content, tmp_path / "forest.skops")
     with pytest.raises(WeightsError, match=message):
         load_forest(tmp_path / "forest.skops")
+
+
+def bags_of(classes: int) -> tuple[list[np.ndarray], list[int]]:
+    generator = np.random.default_rng(0)
+    labels = [i % classes for i in range(30)]
+    return [generator.normal(label, 2, size=(5 + label, 4)).astype(np.float32) for label in labels], labels
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_fitted_logistic_regression_is_where_its_penalised_loss_is_lowest(pooling, classes):
+    bags, labels = bags_of(classes)
+    model = PooledModel(4, classes=classes, pooling=pooling)
+    fit_logistic(model, bags, labels)
+    pooled = torch.from_numpy(pool_bags(bags, pooling))
+    deviation = pooled.std(0, correction=0)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        z = pooled @ weight.T + bias
+        logits = torch.cat([torch.zeros_like(z), z], 1) if classes == 2 else z
+        fit = torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum")
+        return fit + (weight * deviation).square().sum() / 2
+
+    weight, bias = (p.detach().double().requires_grad_() for p in (model.head.weight, model.head.bias))
+    loss(weight, bias).backward()
+    assert weight.grad.abs().max() < 0.02  # of a loss whose gradient at no weights is above 1
+    assert bias.grad.abs().max() < 0.02
+    start = torch.zeros_like(weight).requires_grad_()
+    loss(start, bias.detach()).backward()
+    assert start.grad.abs().max() > 1
+
+
+def test_logistic_regression_of_a_class_without_bags_is_refused():
+    bags, labels = bags_of(2)
+    with pytest.raises(ValueError, match="wanted bags of each class 0 to 2"):
+        fit_logistic(PooledModel(4, classes=3), bags, labels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from s4mil_monai.models.transmil import AUTHORS_NAMES, TransMIL, fill_square
+from s4mil_monai.models.transmil import AUTHORS_NAMES, TransLayer, TransMIL, attend_few, fill_square
 
 pytest.importorskip("nystrom_attention")
 
@@ -71,3 +71,20 @@ def test_slide_and_patch_losses_together_reach_every_parameter():
 def test_width_that_eight_heads_cannot_share_is_refused():
     with pytest.raises(ValueError, match="multiple of 8, the number of heads, got 20"):
         TransMIL(10, width=20)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 26, 37, 255])
+def test_few_tokens_get_what_the_library_computes_with_all_its_landmarks(tokens):
+    torch.manual_seed(tokens)
+    attention = TransLayer(512, dropout=0.0).attention.double()
+    with torch.no_grad():
+        attention.to_qkv.weight.mul_(3)  # attention that is far from even
+    inputs = torch.randn(2, tokens, 512, dtype=torch.float64)
+    outputs, gradients = [], []
+    for attend in (attention, lambda x: attend_few(attention, x)):
+        attention.zero_grad()
+        outputs.append(attend(inputs))
+        outputs[-1].square().sum().backward()
+        gradients.append(attention.to_qkv.weight.grad.clone())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)

