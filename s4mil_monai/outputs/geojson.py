@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,19 @@ def write_geojson(result: SlideResult, path: Path) -> None:
     path.write_text(json.dumps(collection, indent=1) + "\n", encoding="utf-8")
 
 
-def _regions(result: SlideResult) -> list[dict[str, Any]]:
-    """One feature for each connected group of probable patches."""
+@dataclass(frozen=True)
+class Region:
+    """A connected group of probable patches."""
+
+    polygon: Polygon
+    """In level-0 pixels."""
+    patches: int
+    largest: float
+    """Of the probabilities of the shown class."""
+
+
+def find_regions(result: SlideResult) -> list[Region]:
+    """One region for each connected group of probable patches."""
     if result.patches is None:
         return []
     shown = shown_class(result)
@@ -39,16 +51,22 @@ def _regions(result: SlideResult) -> list[dict[str, Any]]:
     if not probable:
         return []
     joined = union_all([square for square, _ in probable])
-    polygons = list(joined.geoms) if isinstance(joined, MultiPolygon) else [joined]
+    polygons: list[Any] = list(joined.geoms) if isinstance(joined, MultiPolygon) else [joined]
     largest, count = [0.0] * len(polygons), [0] * len(polygons)
     owners, members = STRtree([square.centroid for square, _ in probable]).query(polygons, predicate="contains")
     for owner, member in zip(owners, members, strict=True):
         count[owner] += 1
         largest[owner] = max(largest[owner], probable[member][1])
-    name = result.classes[shown]
+    return [Region(*found) for found in zip(polygons, count, largest, strict=True)]
+
+
+def _regions(result: SlideResult) -> list[dict[str, Any]]:
+    name = result.classes[shown_class(result)]
     return [
-        _feature(polygon, name, REGION_RGB, {"patches": patches, f"largest p({name})": top})
-        for polygon, patches, top in zip(polygons, count, largest, strict=True)
+        _feature(
+            region.polygon, name, REGION_RGB, {"patches": region.patches, f"largest p({name})": region.largest}
+        )
+        for region in find_regions(result)
     ]
 
 

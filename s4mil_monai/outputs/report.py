@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from numpy.typing import NDArray
 from PIL import Image
 
-from s4mil_monai.outputs.heatmap import COLOURS, OPACITY, HeatmapPicture, shown_class
+from s4mil_monai.outputs.heatmap import COLOURS, OPACITY, PNG_OPTIONS, HeatmapPicture, shown_class
 from s4mil_monai.result import SlideResult
 from s4mil_monai.slides.overview import read_square
 from s4mil_monai.slides.slide import Slide
@@ -27,10 +28,8 @@ PATCH_SIDE_PX = 224
 
 def write_report(result: SlideResult, slide: Slide, picture: HeatmapPicture, path: Path) -> None:
     """Write the report of one slide."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("s4mil_monai.outputs").joinpath("report.html.j2").read_text("utf-8"))
     height, width = picture.slide.shape[:2]
-    html = template.render(
+    html = _template().render(
         result=result,
         shown=result.classes[shown_class(result)],
         slide_uri=_jpeg_uri(picture.slide),
@@ -44,6 +43,12 @@ def write_report(result: SlideResult, slide: Slide, picture: HeatmapPicture, pat
         height_mm=slide.size_px0[1] * slide.mpp / 1000,
     )
     path.write_text(html, encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("s4mil_monai.outputs").joinpath("report.html.j2").read_text("utf-8"))
 
 
 def _deciding(result: SlideResult, slide: Slide, picture: HeatmapPicture) -> list[dict[str, Any]]:
@@ -77,7 +82,7 @@ def _jpeg_uri(pixels: NDArray[np.uint8]) -> str:
 
 
 def _png_uri(pixels: NDArray[np.uint8]) -> str:
-    return _data_uri(Image.fromarray(pixels), "png", compress_level=4)
+    return _data_uri(Image.fromarray(pixels), "png", **PNG_OPTIONS)
 
 
 def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:

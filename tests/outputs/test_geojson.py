@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from shapely.geometry import shape
 
 from s4mil_monai.outputs.geojson import write_geojson
-from s4mil_monai.outputs.heatmap import paint_heat
+from s4mil_monai.outputs.heatmap import colour_of, paint_heat
 from s4mil_monai.result import (
     DecidingPatch,
     EncoderRecord,
@@ -89,6 +90,22 @@ def test_heat_covers_exactly_the_patches():
     blue, red = heat[5, 5].astype(int), heat[45, 55].astype(int)
     assert blue[2] > blue[0]  # against
     assert red[0] > red[2]  # for
+
+
+def test_heat_is_the_mean_where_patches_overlap_in_whatever_order():
+    # halves of 100 pixels overlap: 1.0 alone, then the mean with 0.0, then 0.0 alone
+    corners, probabilities = [(0, 0), (50, 0)], [1.0, 0.0]
+    heat = paint_heat(make_result(corners, probabilities), (10, 20), (10.0, 10.0))
+    assert heat[0, :15, :3].tolist() == colour_of(np.repeat([1.0, 0.5, 0.0], 5)).tolist()
+    assert not heat[:, 15:, 3].any()
+    backwards = paint_heat(make_result(corners[::-1], probabilities[::-1]), (10, 20), (10.0, 10.0))
+    np.testing.assert_array_equal(heat, backwards)
+
+
+def test_overlapping_probable_patches_are_one_region_and_each_is_counted(tmp_path):
+    found = regions(features(tmp_path, make_result([(0, 0), (50, 0), (50, 50)], [0.9, 0.8, 0.7])))
+    assert [f["properties"]["measurements"]["patches"] for f in found] == [3]
+    assert shape(found[0]["geometry"]).area == 100 * 100 + 2 * 50 * 100
 
 
 def test_slide_without_a_score_has_an_empty_collection(tmp_path):
