@@ -2,15 +2,22 @@
 # make test    set up, run the tests
 # make check   lint, types, layers, tests
 # make bench   the tables of benchmarks/
+# make map     the MONAI Application Package: its build context, and its image where Docker runs
 # Each does its own set-up in .venv. On a machine with an NVIDIA GPU: make demo TORCH=torch
+
+# ONNX Runtime, which MONAI imports, reports to its maker unless told not to
+export ORT_DISABLE_TELEMETRY ?= 1
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SLIDE ?= demo/slide.tif
+BUNDLE ?= bundles/s4mil_slide
+# two files of tests at a time: most of them wait for processes
+PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench map clean
 
 demo: .venv/.demo
 	mkdir -p demo
@@ -22,17 +29,26 @@ demo: .venv/.demo
 	@echo "Scored $(SLIDE): open the report named above in a browser. Research use; not cleared for diagnosis."
 
 test: .venv/.dev
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/tissue.py
+	$(BIN)/python benchmarks/fuzz.py --mutations 200
+
+# BUNDLE=… packs another model; ENCODER_WEIGHTS=… a file of its encoder that comes with no package
+map: .venv/.dev
+	rm -rf build/models
+	$(BIN)/python -m deploy.stage_models --bundle $(BUNDLE) --out build/models \
+	  $(if $(ENCODER_WEIGHTS),--encoder_weights $(ENCODER_WEIGHTS))
+	$(BIN)/python -m deploy.make_map --models build/models --out build/map
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -48,6 +64,9 @@ bench: .venv/.dev
 
 .venv/.dev: pyproject.toml constraints.txt .venv/.torch
 	$(PIP) --editable '.[dev]'
+	# Holoscan's wheel finishes its installation when Python is first started, and loads distutils for it, which
+	# TorchInductor cannot stand: let that be here and not in the tests
+	$(BIN)/python -c pass
 	touch $@ .venv/.demo
 
 clean:

@@ -18,18 +18,16 @@ import time
 from pathlib import Path
 
 from fire import Fire
+from torch import Tensor
 
 from s4mil_monai.allocator import keep_large_buffers
 from s4mil_monai.demo import MPP, draw_demo_slide
 from s4mil_monai.features.encoder import Encoder, load_encoder
-from s4mil_monai.features.extract import read_ahead
-from s4mil_monai.features.patch_batches import torch_batches
-from s4mil_monai.result import read_result
-from s4mil_monai.slides.grid import lay_grid
+from s4mil_monai.features.patch_stream import stream_patches
+from s4mil_monai.features.prepare import prepare_slide
+from s4mil_monai.result import PatchSettings, read_result
+from s4mil_monai.slides.isolation import open_isolated
 from s4mil_monai.slides.pyramid import write_pyramid
-from s4mil_monai.slides.reader import open_slide
-from s4mil_monai.slides.resolution import plan_reading
-from s4mil_monai.slides.tissue import find_tissue
 
 BATCH = 16
 
@@ -66,19 +64,14 @@ def row(path: Path, encoder: Encoder, out: Path, runs: int) -> str:
     return f"| {path.name} | {sum(map(len, batches))} | {a:.1f} | {s:.1f} | {b:.1f} | {a / b:.2f} | {s / b:.2f} |"
 
 
-def prepare(path: Path, encoder: Encoder) -> list:
+def prepare(path: Path, encoder: Encoder) -> list[Tensor]:
     """All patches of a slide as the encoder takes them."""
-    with open_slide(path) as slide:
-        grid = lay_grid(find_tissue(slide), plan_reading(slide, mpp=0.5, patch_side_px=256))
-        return list(
-            torch_batches(
-                read_ahead(slide, grid, batch_size=BATCH),
-                patch_side_px=256,
-                mean=encoder.spec.mean,
-                deviation=encoder.spec.deviation,
-                batch_size=BATCH,
-            )
+    with open_isolated(path) as slide:
+        prepared = prepare_slide(slide, PatchSettings())
+        stream = stream_patches(
+            prepared, encoder.spec, device=encoder.device, patch_stage="torch", batch_size=BATCH
         )
+        return [batch.patches for batch in stream]
 
 
 if __name__ == "__main__":

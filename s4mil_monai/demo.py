@@ -33,5 +33,15 @@ def draw_demo_slide() -> NDArray[np.uint8]:
     return picture
 
 
+def find_demo_slides() -> str:
+    """The folder of the demonstration slide below the working directory; it is drawn if it is not there."""
+    slide = Path("output") / "demo_slides" / "demo.tif"
+    if not slide.exists():
+        slide.parent.mkdir(parents=True, exist_ok=True)
+        part = slide.with_name(f".{slide.name}")
+        write_pyramid(draw_demo_slide(), part, mpp=MPP).replace(slide)
+    return str(slide.parent)
+
+
 if __name__ == "__main__":
     write_pyramid(draw_demo_slide(), Path(sys.argv[1]), mpp=MPP)

@@ -26,8 +26,35 @@ class PatchSettings(_Record):
     """Side of a patch as the encoder sees it."""
     min_tissue: float = Field(default=0.5, ge=0, le=1)
     """Share of a patch that is tissue before it is kept."""
+    overlap_px: int = Field(default=0, ge=0)
+    """How far neighbouring patches overlap, in pixels as the encoder sees them."""
     scan_order: str = "row_major"
     """Name of the order in which patches are read."""
+
+
+class QualityFinding(_Record):
+    """One thing that is wrong with how a slide was made or scanned."""
+
+    code: str
+    """Fixed word for machines: ``blur``, ``ink``, ``little_tissue``, ``saturation``, ``too_coarse``,
+    ``damaged``."""
+    verdict: Literal["warn", "reject"]
+    value: float
+    """What was measured; the text says in which unit."""
+    limit: float
+    """What it was compared with."""
+    text: str
+    """One sentence for a person."""
+
+
+class QualityRecord(_Record):
+    """Whether a slide is fit to be scored, and why not."""
+
+    verdict: Literal["pass", "warn", "reject"]
+    """The worst of the findings."""
+    findings: tuple[QualityFinding, ...] = ()
+    measured: dict[str, float] = {}
+    """Every number that was looked at, by code."""
 
 
 class SlideRecord(_Record):
@@ -42,7 +69,7 @@ class SlideRecord(_Record):
     mpp: float
     """µm per level-0 pixel."""
     mpp_source: str
-    """``override``, ``vendor:NAME``, ``dicom`` or ``tiff``."""
+    """``override``, ``override:slide``, ``override:scanner``, ``vendor:NAME``, ``dicom`` or ``tiff``."""
     backend: str
     """Library that read the pixels."""
     passed_over: tuple[str, ...] = ()
@@ -71,6 +98,19 @@ class ModelRecord(_Record):
     intended_use: str
 
 
+class AggregatorRecord(_Record):
+    """What ran the slide model."""
+
+    runtime: str
+    """``torch``, ``onnxruntime`` or ``tensorrt``."""
+    precision: str
+    """Of products; the state is float32 always."""
+    chunk: int
+    """Patches of a step."""
+    passed_over: tuple[str, ...] = ()
+    """Better runtimes that were tried, with reasons."""
+
+
 class PatchScores(_Record):
     """All patches, in scan order."""
 
@@ -81,7 +121,8 @@ class PatchScores(_Record):
     top_left_px0: list[tuple[int, int]]
     """Corners (x, y) in level-0 pixels."""
     probabilities: list[list[float]]
-    """Per patch and class: what the slide's would be if this patch held every maximum."""
+    """Per patch and class: what the slide's would be if this patch held every maximum; in the multitask form, what
+    its own head gives the patch."""
 
 
 class DecidingPatch(_Record):
@@ -98,17 +139,28 @@ class SlideResult(_Record):
     """Everything about one scored slide."""
 
     format: Literal["s4mil.result/1"] = RESULT_FORMAT
-    status: Literal["scored", "no_tissue"]
+    status: Literal["scored", "degraded", "no_tissue", "rejected"]
+    """``degraded`` has a score from which damaged patches were left out; the last two have none."""
     reason: str | None = None
     """Why there is no score."""
     slide: SlideRecord
+    quality: QualityRecord | None = None
+    """None where there is no tissue to judge."""
     model: ModelRecord
+    aggregator: AggregatorRecord | None = None
+    """None in results of earlier versions."""
     encoder: EncoderRecord
     settings: PatchSettings
     classes: tuple[str, ...]
     predicted: str | None = None
     """The most probable class."""
     probabilities: list[float] | None = None
+    calibrated: list[float] | None = None
+    """Probabilities fitted to what the model gave unseen slides; None where the bundle has no calibration."""
+    decision: Literal["positive", "negative", "refer", "rejected"] | None = None
+    """By the calibration's threshold and refer band, of two classes; ``rejected`` where quality forbids it."""
+    threshold: float | None = None
+    """Calibrated probability of the last class from which on a slide is positive."""
     logits: list[float] | None = None
     bias: list[float] | None = None
     """Of the logits; belongs to no patch."""
@@ -119,6 +171,11 @@ class SlideResult(_Record):
     """Versions by name."""
     seconds: dict[str, float]
     """By stage; the only part that differs when the same slide is scored again."""
+
+    @property
+    def has_score(self) -> bool:
+        """Whether there are probabilities."""
+        return self.status in ("scored", "degraded")
 
     def to_json(self) -> str:
         """The content of ``result.json``."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from s4mil_monai.features.encoder import load_encoder
 from s4mil_monai.models.bag_model import SlideLogits
@@ -24,6 +26,10 @@ PINK, GLASS = (200, 100, 160), (244, 244, 244)
 # holoscan, imported by monai where it is installed, warns about a smaller stack
 resource.setrlimit(resource.RLIMIT_STACK, (32 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
+# The same examples every time, and none too slow for a busy machine: what failed once fails again.
+settings.register_profile("s4mil", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("s4mil")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are skipped where there is none."""
@@ -32,6 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Measured runtimes and exported encoders of the tests stay out of the user's cache."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +73,25 @@ def tissue_picture(width: int = 1536, height: int = 1280, *, seed: int = 0) -> n
 def tissue_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide of 0.5 µm/px with 4 x 3 whole patches of tissue on the 256 px grid."""
     return write_pyramid(tissue_picture(), tmp_path_factory.mktemp("slides") / "tissue.tif", mpp=0.5)
+
+
+@pytest.fixture(scope="session")
+def dicom_slide(tissue_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tissue slide as DICOM: a folder with one instance, all of its 1,536 x 1,280 pixels."""
+    from s4mil_monai.outputs.dicom_object import write_object
+    from s4mil_monai.outputs.dicom_source import find_source
+    from s4mil_monai.outputs.heatmap import write_heatmap
+    from s4mil_monai.slides.isolation import open_isolated
+    from tests.outputs.results import make_result
+
+    folder = tmp_path_factory.mktemp("dicom") / "slide"
+    folder.mkdir()
+    with open_isolated(tissue_slide) as slide:
+        result = make_result(slide)
+        overview = find_source(slide, result, write_heatmap(result, slide, folder.parent / "heatmap.png")).overview
+    assert overview is not None
+    write_object(overview, folder / "level0.dcm", written=datetime(2026, 11, 24, tzinfo=timezone.utc))
+    return folder
 
 
 @pytest.fixture(scope="session")

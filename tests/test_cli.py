@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import h5py
+import numpy as np
+import pydicom
 import pytest
+from PIL import Image
 
-from s4mil_monai import cli
+from s4mil_monai.cli.console import EXIT_NO_SCORE, ProgressBar
+from s4mil_monai.cli.main import main
+from s4mil_monai.features.store import load_bag
+from s4mil_monai.outputs.tissue_picture import PATCH, TISSUE
+from s4mil_monai.result import read_result
+from s4mil_monai.scoring import load_scorer, score_to_folder
 
 
 @pytest.fixture
@@ -19,7 +31,7 @@ def s4mil(capfd, monkeypatch, tmp_path):
 
     def run(*arguments):
         with pytest.raises(SystemExit) as left:
-            cli.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         out, complaint = capfd.readouterr()
         return left.value.code, out.splitlines(), complaint.splitlines()
 
@@ -33,15 +45,83 @@ def test_slide_is_scored_and_what_to_open_is_said(s4mil, tissue_slide, bundle, t
     assert out[-1] == f"open {tmp_path / 'o' / 'tissue' / 'report.html'}"
 
 
+def test_slide_is_scored_with_objects_for_the_pacs(s4mil, tissue_slide, bundle, tmp_path):
+    (tmp_path / "studies.csv").write_text("slide,patient_id,accession_number\ntissue.tif,P7,A7\n")
+    options = ("--dicom", "--studies", tmp_path / "studies.csv")
+    code, _, complaint = s4mil("score", tissue_slide, *options, "--bundle", bundle, "--out", tmp_path / "o")
+    assert (code, complaint) == (0, [])
+    assert {path.name for path in (tmp_path / "o" / "tissue").iterdir()} >= {"dicom", "fhir.json"}
+    report = pydicom.dcmread(tmp_path / "o" / "tissue" / "dicom" / "report.dcm")
+    assert (report.PatientID, report.AccessionNumber) == ("P7", "A7")
+
+
 def test_slide_is_embedded_into_one_file(s4mil, tissue_slide, tmp_path):
-    code, out, _ = s4mil("embed", tissue_slide, "--out", tmp_path / "features")
+    code, out, _ = s4mil("embed", tissue_slide, "--out", tmp_path / "features", "--runtime", "torch")
     assert code == 0
-    assert out == [f"tissue.tif: 12 patches of 1280 features in {tmp_path}/features/tissue.h5"]
+    assert [line.split(" of ")[0] for line in out] == ["tissue.tif: warn: only 0.2 mm²", "tissue.tif: 12 patches"]
+    assert out[-1] == f"tissue.tif: 12 patches of 1280 features in {tmp_path}/features/tissue.h5"
+
+
+def test_inspection_says_and_draws_what_would_be_read(s4mil, tissue_slide, tmp_path):
+    code, out, complaint = s4mil("inspect", tissue_slide, "--out", tmp_path / "look", "--encoder", "none")
+    assert (code, complaint) == (0, [])
+    said = "\n".join(out)
+    assert "resolution   0.5 µm/px, from tiff" in said
+    assert "level 1      768 x 640 px, downsample 2.0000" in said
+    assert "patches      12 of 256 px at 0.5 µm/px, row_major, read as 256 px of level 0" in said
+    assert out[-1] == f"open {tmp_path / 'look' / 'tissue.png'}"
+    facts = json.loads((tmp_path / "look" / "tissue.json").read_text())
+    assert (facts["grid"]["patches"], facts["mpp"], facts["quality"]["verdict"]) == (12, 0.5, "warn")
+    with Image.open(tmp_path / "look" / "tissue.png") as picture:
+        colours = {tuple(rgb) for _, rgb in picture.getcolors(1 << 24)}
+    assert {TISSUE, PATCH} <= colours
+
+
+def test_inspection_estimates_the_time_from_a_few_patches(s4mil, tissue_slide):
+    _, out, _ = s4mil("inspect", tissue_slide)
+    assert [line for line in out if line.startswith("  estimated") and "efficientnet_lite0 on cpu" in line]
+
+
+def test_inspection_of_a_slide_that_would_be_refused_shows_what_is_known(s4mil, tissue_slide):
+    code, out, complaint = s4mil("inspect", tissue_slide, "--mpp", "0.1", "--encoder", "none")
+    assert code == 1
+    assert "  resolution   0.5 µm/px, from tiff" in out
+    assert "the model wants 0.1 µm/px" in complaint[0]
+
+
+def test_resolutions_of_the_site_win_over_the_file(s4mil, tissue_slide, tmp_path):
+    (tmp_path / "site.csv").write_text("slide,scanner,mpp\ntissue.tif,,0.48\n")
+    _, out, _ = s4mil("inspect", tissue_slide, "--resolutions", tmp_path / "site.csv", "--encoder", "none")
+    assert "  resolution   0.48 µm/px, from override:slide" in out
+
+
+def test_features_are_verified_and_a_changed_byte_is_found(s4mil, tissue_slide, tmp_path):
+    s4mil("embed", tissue_slide, "--out", tmp_path / "features", "--runtime", "torch")
+    assert s4mil("features", "verify", tmp_path / "features") == (0, [f"{tmp_path}/features: nothing wrong"], [])
+    file = tmp_path / "features" / "tissue.h5"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, out, complaint = s4mil("features", "verify", tmp_path / "features")
+    assert (code, out) == (1, [])
+    assert complaint[0].startswith(f"s4mil: {file}: ")
+
+
+def test_features_of_clam_are_taken_over(s4mil, tmp_path):
+    features, corners = np.random.default_rng(0).normal(size=(6, 8)), [[256 * i, 0] for i in range(6)]
+    with h5py.File(tmp_path / "clam.h5", "w") as file:
+        file["features"] = features.astype(np.float32)
+        file["coords"] = np.array(corners)
+    code, out, _ = s4mil("features", "import", tmp_path / "clam.h5", "--out", tmp_path / "ours.h5")
+    assert (code, len(out)) == (0, 1)
+    bag = load_bag(tmp_path / "ours.h5")
+    np.testing.assert_allclose(bag.features, features, atol=1e-6)
+    assert bag.top_left_px0.tolist() == corners
 
 
 def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, bundle, tmp_path):
     code, _, complaint = s4mil("score", white_slide, "--bundle", bundle, "--out", tmp_path)
-    assert code == cli.EXIT_NO_SCORE
+    assert code == EXIT_NO_SCORE
     assert complaint[0].startswith("s4mil: white.tif: no score, no tissue found")
     assert (tmp_path / "white" / "result.json").exists()
 
@@ -52,7 +132,12 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
         (["score", "nowhere.svs"], 2, "nowhere.svs: there is no such slide"),
         (["score"], 2, "score needs SLIDE"),
         (["score", "a", "b"], 2, "score takes 1 argument(s), got also 'b'"),
-        (["socre", "a"], 2, "unknown command 'socre'; known: score, embed, import-checkpoint, version"),
+        (["socre", "a"], 2, "unknown command 'socre'; known: score, inspect, embed, features verify"),
+        (["features", "vrefy"], 2, "unknown command 'features vrefy'; known: features verify, features import"),
+        (["inspect", "SLIDE", "--overlap_px", "256"], 2, "--overlap_px is at least 0 and less than 256, got 256"),
+        (["embed", "SLIDE", "--resolutions", "gone.csv"], 1, "gone.csv: "),
+        (["features", "verify", "nowhere"], 1, "nowhere: there is no such folder"),
+        (["features", "import", "x.pt", "--out", "y.pt"], 2, "--out is an .h5 file, got y.pt"),
         (
             ["score", "SLIDE", "--ouput", "x"],
             2,
@@ -65,8 +150,16 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
             1,
             "unknown encoder 'vgg'; known: resnet50_block3, efficientnet_lite0",
         ),
-        (["score", "SLIDE", "--patch_stage", "cv"], 1, "unknown patch stage 'cv'; known: torch, dali"),
+        (["score", "SLIDE", "--patch_stage", "cv"], 1, "unknown patch stage 'cv'; known: torch, dali, auto"),
+        (["pacs", "pacs.hospital"], 2, "URL begins with http:// or https://, got pacs.hospital"),
+        (["pacs", "http://127.0.0.1:9"], 1, "cannot be reached, or broke off"),
+        (["pacs", "http://127.0.0.1:9", "--c_store", "A@b"], 2, "--c_store: AET@host:port is wanted, got 'A@b'"),
+        (["score", "SLIDE", "--studies", "x.csv"], 2, "--studies is for --dicom"),
+        (["score", "SLIDE", "--dicom", "--studies", "gone.csv"], 1, "gone.csv: cannot be read"),
         (["score", "SLIDE", "--bundle", "gone"], 1, "gone: is not a bundle: configs/metadata.json is missing"),
+        (["seal", "gone"], 1, "gone: is not a bundle: configs/metadata.json is missing"),
+        (["seal"], 2, "seal needs BUNDLE"),
+        (["verify-bundle", "gone"], 1, "gone: there is no such folder of models"),
         (["score", "SLIDE", "--device", "tpu9"], 2, "--device tpu9 is not there"),
         (["score", "SLIDE", "-o", "/proc/x"], 1, "cannot be written"),
         (["score", "SLIDE", "--encoder_weights", "gone.pt"], 1, "gone.pt: there is no such weights file"),
@@ -118,8 +211,8 @@ def test_identifiers_stay_text(s4mil, tissue_slide, bundle, tmp_path):
 
 def test_help_and_version_come_without_heavy_libraries():
     program = (
-        "import sys; from s4mil_monai import cli\n"
-        "try: cli.main(sys.argv[1:])\n"
+        "import sys; from s4mil_monai.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
         "except SystemExit as left: assert left.code == 0, left.code\n"
         "heavy = {'torch', 'monai', 'mlflow', 'cucim', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -133,7 +226,115 @@ def test_progress_is_shown_on_a_terminal_and_not_elsewhere(monkeypatch, capsys):
 
     for terminal in (False, True):
         monkeypatch.setattr(system.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-        with cli._ProgressBar() as bar:
+        with ProgressBar() as bar:
             bar.show(3, 10)
             bar.show(10, 10)
         assert ("patch" in capsys.readouterr().err) is terminal
+
+
+@pytest.fixture(scope="module")
+def scored(tissue_slide, bundle, tmp_path_factory):
+    """A result folder of the tissue slide."""
+    out = tmp_path_factory.mktemp("scored")
+    return score_to_folder(tissue_slide, load_scorer(bundle), out)[1]
+
+
+def test_ablation_says_the_score_with_and_without_patches(s4mil, scored, bundle):
+    code, out, complaint = s4mil("ablate", scored, "--top", 2, "--bundle", bundle)
+    assert (code, complaint) == (0, [])
+    assert out[0] == "tissue.tif: 2 of 12 patches left out"
+    assert out[1].startswith("tissue.tif: normal, probability ")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "ablate needs one of --patches, --top and --region"),
+        (("--top", "2", "--patches", "3"), 2, "ablate needs one of --patches, --top and --region"),
+        (("--patches", "3,x"), 2, "--patches is a list of whole numbers"),
+        (("--region", "1,2,3"), 2, "--region is x,y,width,height"),
+        (("--region", "1,2,-3,4"), 2, "--region is x,y,width,height"),
+        (("--region", "90000,0,10,10"), 1, "no patch of it lies there"),
+        (("--patches", "0,12"), 1, "has patches 0 to 11, not 12"),
+        (("--region", "0,0,9000,9000"), 1, "all 12 patches would be left out"),
+    ],
+)
+def test_ablation_that_cannot_be_done_is_one_line(s4mil, scored, bundle, options, code, message):
+    found, out, complaint = s4mil("ablate", scored, "--bundle", bundle, *options)
+    assert (found, out, len(complaint)) == (code, [], 1)
+    assert message in complaint[0]
+
+
+def test_slide_model_is_exported_and_then_scores_with_it(s4mil, tissue_slide, bundle, scored, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    code, out, complaint = s4mil("export", copy, "--to", "onnx", "--chunk", 64)
+    assert (code, complaint) == (0, [])
+    assert out[0].startswith(f"{copy}/models/step_float32.onnx: onnx, float32, 64 patches a step; logits within ")
+    options = ("--bundle", copy, "--out", tmp_path / "o", "--aggregator_runtime", "onnxruntime")
+    assert s4mil("score", tissue_slide, *options)[0] == 0
+    with_onnx, with_torch = (read_result(folder / "result.json") for folder in (tmp_path / "o/tissue", scored))
+    assert with_onnx.aggregator.runtime == "onnxruntime"
+    np.testing.assert_allclose(with_onnx.logits, with_torch.logits, atol=1e-5)
+
+
+@pytest.fixture
+def sealed(s4mil, bundle, tmp_path):
+    """A sealed copy of the bundle."""
+    copy = shutil.copytree(bundle, tmp_path / "sealed")
+    assert s4mil("seal", copy) == (0, [f"{copy}: sealed, 3 files in SHA256SUMS"], [])
+    return copy
+
+
+def test_sealed_bundle_is_verified_and_a_changed_or_hostile_one_refused_in_one_line(s4mil, sealed):
+    code, out, complaint = s4mil("verify-bundle", sealed)
+    assert (code, complaint) == (0, [])
+    assert out == [f"{sealed}: 3 files are as they were sealed; the configuration calls nothing unknown"]
+    train = sealed / "configs" / "train.yaml"
+    train.write_text("run: $__import__('os').system('id')")
+    code, out, complaint = s4mil("verify-bundle", sealed)
+    assert (code, out, len(complaint)) == (1, [], 1)
+    assert "configs/train.yaml is not in SHA256SUMS" in complaint[0]
+    code, out, complaint = s4mil("seal", sealed)
+    assert (code, out) == (1, [])
+    assert complaint == [
+        f"s4mil: {train}: run: \"$__import__('os').system('id')\" reaches for Python's inner names (__)"
+    ]
+
+
+def test_sealed_bundle_stays_sealed_when_it_is_exported_and_calibrated(s4mil, sealed):
+    assert s4mil("export", sealed, "--to", "onnx", "--chunk", 64)[0] == 0
+    assert s4mil("verify-bundle", sealed)[1][0].startswith(f"{sealed}: 5 files are as they were sealed")
+    shares = [(0.8, 0.2) if i % 2 == 0 else (0.3, 0.7) for i in range(40)]
+    rows = [f"s4mil,0,{i % 5},s{i},p{i},{i % 2},{p0},{p1}" for i, (p0, p1) in enumerate(shares)]
+    Path("predictions.csv").write_text("\n".join(["model,seed,fold,slide,patient,label,p_0,p_1", *rows]))
+    options = ("--bundle", sealed, "--model", "s4mil", "--sensitivity", 0.8)
+    code, out, complaint = s4mil("calibrate", "predictions.csv", *options)
+    assert (code, complaint) == (0, [])
+    assert out[1].endswith("; nothing is referred")  # no slide is on the wrong side
+    assert s4mil("verify-bundle", sealed)[1][0].startswith(f"{sealed}: 6 files are as they were sealed")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--to", "onnx", "--chunk", "100"), 2, "--chunk is a multiple of 64 patches, at most 65536, got 100"),
+        (("--to", "onnx", "--chunk", "1000000000"), 2, "--chunk is a multiple of 64 patches, at most 65536"),
+        (("--to", "onnx", "--targets", "8.9"), 2, "--library and --targets go with --to tensorrt"),
+        (("--to", "tflite"), 1, "unknown form to export to 'tflite'; known: onnx, tensorrt, torchscript"),
+        (("--to", "onnx", "--precision", "int8"), 1, "unknown precision 'int8'"),
+        (("--to", "onnx", "--features", "nothing"), 1, "nothing: holds no feature files"),
+    ],
+)
+def test_export_that_cannot_be_done_is_one_line(s4mil, bundle, options, code, message):
+    found, out, complaint = s4mil("export", bundle, *options)
+    assert (found, out, len(complaint)) == (code, [], 1)
+    assert message in complaint[0]
+
+
+def test_exported_step_that_is_not_there_is_named_before_a_slide_is_read(s4mil, tissue_slide, bundle, tmp_path):
+    code, out, complaint = s4mil(
+        "score", tissue_slide, "--bundle", bundle, "--out", tmp_path / "o", "--aggregator_runtime", "onnxruntime"
+    )
+    assert (code, out) == (1, [])
+    assert complaint[0].endswith("models/step_float32.onnx: is not there; make it with s4mil export")
+    assert not (tmp_path / "o").exists()

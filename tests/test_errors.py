@@ -14,8 +14,16 @@ EXAMPLES = [
     errors.UnknownResolutionError(slide="a.svs", reason="reason"),
     errors.TooCoarseError("a.svs", "reason", found_mpp=2.93, wanted_mpp=0.5),
     errors.WeightsError("w.pt", "reason"),
+    errors.ConfigRefusedError("train.yaml", "reason", place="run::0", found="$evil"),
     errors.UnknownNameError("encoder", "x", ("a", "b")),
     errors.MissingExtraError(module="cucim", extra="cucim"),
+    errors.MisfitError("step.onnx", "reason", found="this", wanted="that"),
+    errors.ChunkWidthError((5, 7), 24),
+    errors.NotFiniteError(207),
+    errors.StreamEndedError(5),
+    errors.EmptyStreamError(),
+    errors.OverflowedError("float16"),
+    errors.TooFewSlidesError("a drift reference", found=3, wanted=30),
 ]
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.ndimage import gaussian_filter
 
 from s4mil_monai.errors import BundleError, OutputError, SlideError
 from s4mil_monai.features.store import load_bag
 from s4mil_monai.result import SlideResult, read_result
-from s4mil_monai.scoring import load_scorer, score_slide, score_to_folder
+from s4mil_monai.scoring import CALIBRATION_FILE, load_scorer, score_slide, score_to_folder
+from s4mil_monai.slides.pyramid import write_pyramid
+from s4mil_monai.statistics.calibration import Calibration, write_calibration
+from s4mil_monai.streaming.choose import ChosenRuntime
+from s4mil_monai.streaming.torch_runtime import TorchRuntime
+from tests.conftest import GLASS, tissue_picture
 
 FILES = {"result.json", "heatmap.png", "regions.geojson", "features.h5", "report.html"}
 
@@ -52,7 +61,35 @@ def test_result_says_how_the_slide_was_read(result):
     assert result.status == "scored"
     assert (result.slide.name, result.slide.mpp, result.slide.mpp_source) == ("tissue.tif", 0.5, "tiff")
     assert result.slide.backend in {"cucim", "openslide"}
-    assert set(result.seconds) == {"opening", "tissue", "waiting_for_pixels", "encoding", "aggregation", "total"}
+    stages = {"opening", "tissue", "quality", "fingerprint", "reading", "preparing", "encoding", "aggregation"}
+    assert set(result.seconds) == stages | {"last_patch_to_score", "total"}
+    assert result.quality is not None
+    assert result.quality.verdict in {"pass", "warn"}
+
+
+def test_result_says_what_ran_the_slide_model(result):
+    aggregator = result.aggregator
+    assert (aggregator.runtime, aggregator.precision, aggregator.passed_over) == ("torch", "float32", ())
+
+
+def test_streamed_score_is_that_of_the_whole_bag_and_told_on_the_way(scorer, tmp_path):
+    picture = np.pad(
+        np.tile(tissue_picture()[256:1024, 256:1280], (3, 2, 1)), ((256, 256), (256, 256), (0, 0)), "edge"
+    )
+    picture[:256] = picture[-256:] = picture[:, :256] = picture[:, -256:] = GLASS
+    path = write_pyramid(picture, tmp_path / "large.tif", mpp=0.5)  # 8 x 9 patches
+    in_chunks = replace(scorer, aggregator=ChosenRuntime(TorchRuntime(scorer.bundle.model, chunk=64)))
+    told = []
+    found = score_slide(path, in_chunks, features_path=tmp_path / "f.h5", so_far=told.append)
+    features = torch.from_numpy(load_bag(tmp_path / "f.h5").features)
+    assert len(features) > 64
+    with torch.inference_mode():
+        wanted, first = (scorer.bundle.model(bag.unsqueeze(0)) for bag in (features, features[:64]))
+    np.testing.assert_allclose(found.logits, wanted.logits[0].tolist(), atol=1e-5)
+    np.testing.assert_allclose(found.patches.probabilities, wanted.patch_logits[0].softmax(1).tolist(), atol=1e-5)
+    assert {patch.index for patch in found.deciding_patches} == set(wanted.winners[0].tolist())
+    assert [now.patches for now in told] == [64]
+    np.testing.assert_allclose(told[0].probabilities, first.logits[0].softmax(0).tolist(), atol=1e-5)
 
 
 def test_result_comes_back_from_its_json(result, tmp_path):
@@ -175,3 +212,62 @@ def test_dicom_gives_the_grid_and_the_score_of_the_svs(shared):
     dicom = score_slide(shared / "slides/dicom_CMU-1-Small-Region", shipped)
     assert svs.patches.top_left_px0 == dicom.patches.top_left_px0
     np.testing.assert_allclose(svs.probabilities, dicom.probabilities, atol=0.02)
+
+
+def write_calibration_of(bundle, folder, *, refer=(0.2, 0.8), threshold=0.5):
+    """A copy of the bundle that halves logits, with a threshold and a refer band."""
+    copy = folder / "calibrated"
+    shutil.copytree(bundle, copy)
+    calibration = Calibration(
+        method="temperature",
+        classes=2,
+        temperature=2.0,
+        threshold=threshold,
+        refer_low=refer[0],
+        refer_high=refer[1],
+        class_floors=(0.1, 0.1),
+        alpha=0.1,
+        n=100,
+        n_patients=100,
+        provenance="a test",
+    )
+    write_calibration(calibration, copy / CALIBRATION_FILE)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("refer", "threshold", "decision"),
+    [((0.0, 1.0), 0.5, "refer"), ((0.001, 0.001), 0.001, "positive"), ((0.999, 0.999), 0.999, "negative")],
+)
+def test_calibration_of_the_bundle_gives_probability_and_decision(
+    tissue_slide, bundle, tmp_path, refer, threshold, decision
+):
+    scorer = load_scorer(write_calibration_of(bundle, tmp_path, refer=refer, threshold=threshold))
+    result = score_slide(tissue_slide, scorer)
+    halved = torch.tensor(result.logits).div(2).softmax(0)  # a temperature of 2
+    assert result.calibrated == pytest.approx(halved.tolist(), abs=1e-6)
+    assert (result.decision, result.threshold) == (decision, threshold)
+
+
+def test_calibration_for_other_classes_is_refused(bundle, tmp_path):
+    copy = write_calibration_of(bundle, tmp_path)
+    text = (copy / CALIBRATION_FILE).read_text().replace('"classes": 2', '"classes": 3')
+    (copy / CALIBRATION_FILE).write_text(text)
+    with pytest.raises(BundleError, match=r"calibration\.json"):
+        load_scorer(copy)
+
+
+def blur_slide(tissue_picture, folder):
+    blurred = np.stack([gaussian_filter(tissue_picture[..., c], 4) for c in range(3)], axis=-1)
+    return write_pyramid(blurred, folder / "blurred.tif", mpp=0.5)
+
+
+def test_slide_out_of_focus_gets_no_score_unless_that_is_asked_for(bundle, tmp_path):
+    slide = blur_slide(tissue_picture(), tmp_path)
+    scorer = load_scorer(write_calibration_of(bundle, tmp_path))
+    rejected = score_slide(slide, scorer)
+    assert (rejected.status, rejected.decision, rejected.probabilities) == ("rejected", "rejected", None)
+    assert rejected.reason == "100% of the sampled patches are out of focus"
+    assert rejected.quality.verdict == "reject"
+    scored = score_slide(slide, scorer, ignore_quality=True)
+    assert (scored.status, scored.quality.verdict) == ("scored", "reject")

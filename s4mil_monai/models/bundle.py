@@ -6,17 +6,19 @@ evaluates every ``$``), and is left to ``python -m monai.bundle``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from s4mil_monai.errors import BundleError, WeightsError
+from s4mil_monai.checksum import sha256_of
+from s4mil_monai.errors import BundleError, WeightsError, first_wrong
 from s4mil_monai.models.bag_model import SlideLogits
 from s4mil_monai.models.s4mil import S4MIL
+from s4mil_monai.models.seal import kept_sealed
 from s4mil_monai.result import EncoderRecord, ModelRecord, PatchSettings
 from s4mil_monai.weights import load_state, read_weights
 
@@ -33,6 +35,8 @@ class NetworkSettings(_Settings):
     width: int = Field(default=512, gt=0)
     state_dim: int = Field(default=32, ge=2)
     layers: int = Field(default=1, ge=1)
+    patch_classes: int | None = Field(default=None, ge=2)
+    """Of the multitask form; None for the slide model."""
 
 
 class WeightsSettings(_Settings):
@@ -70,8 +74,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         WeightsError: The weights are missing, damaged or of another size.
     """
     folder = Path(folder)
-    metadata = _read_metadata(folder)
-    settings = _read_settings(folder, metadata)
+    record, settings = describe_bundle(folder)
     weights = folder / settings.weights.path
     found = _sha256(weights)
     model = S4MIL(**settings.network.model_dump())
@@ -81,13 +84,24 @@ def load_bundle(folder: str | Path) -> Bundle:
             str(weights),
             "is not the file that metadata.json describes (SHA-256 differs); retrain or restore the bundle",
         )
+    return Bundle(record, settings, model.eval().requires_grad_(False))
+
+
+def describe_bundle(folder: Path) -> tuple[ModelRecord, BundleSettings]:
+    """What a bundle's metadata says; its weights are not looked at.
+
+    Raises:
+        BundleError: The folder is no bundle, or its metadata contradicts itself.
+    """
+    metadata = _read_metadata(folder)
+    settings = _read_settings(folder, metadata)
     record = ModelRecord(
         bundle=str(metadata.get("name", folder.name)),
         version=str(metadata.get("version", "")),
-        sha256=found,
+        sha256=settings.weights.sha256,
         intended_use=str(metadata.get("intended_use", "")),
     )
-    return Bundle(record, settings, model.eval().requires_grad_(False))
+    return record, settings
 
 
 def _read_metadata(folder: Path) -> dict:
@@ -105,9 +119,7 @@ def _read_settings(folder: Path, metadata: dict) -> BundleSettings:
     try:
         settings = BundleSettings.model_validate(metadata.get("s4mil"))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in ("s4mil", *first["loc"]))
-        raise BundleError(path, f"{place}: {first['msg']}") from error
+        raise BundleError(path, first_wrong(error, within="s4mil")) from error
     if len(settings.classes) != settings.network.classes:
         raise BundleError(path, f"{len(settings.classes)} class names for {settings.network.classes} logits")
     if settings.encoder.width != settings.network.in_features:
@@ -121,14 +133,14 @@ def _read_settings(folder: Path, metadata: dict) -> BundleSettings:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise WeightsError(str(path), "there is no such weights file")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def ship_weights(folder: Path, weights: Path, settings: BundleSettings) -> BundleSettings:
     """Put trained weights into a bundle and make its metadata say what they are.
 
     Args:
-        folder: The bundle; its ``metadata.json`` is rewritten.
+        folder: The bundle; its ``metadata.json`` is rewritten, and its manifest if that was true.
         weights: State dict of the training's network, as MONAI's ``CheckpointSaver`` writes it.
         settings: What the weights were trained on; the weights' fingerprint is filled in.
 
@@ -142,6 +154,13 @@ def ship_weights(folder: Path, weights: Path, settings: BundleSettings) -> Bundl
     metadata = _read_metadata(folder)
     network = SlideLogits(S4MIL(**settings.network.model_dump()))
     load_state(network, read_weights(weights), weights)
+    with kept_sealed(folder):
+        return _write_weights(folder, network, settings, metadata)
+
+
+def _write_weights(
+    folder: Path, network: SlideLogits, settings: BundleSettings, metadata: dict[str, Any]
+) -> BundleSettings:
     target = folder / settings.weights.path
     target.parent.mkdir(exist_ok=True)
     torch.save(network.state_dict(), target)

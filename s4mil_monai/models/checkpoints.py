@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from s4mil_monai.models.clam import ClamMB, ClamSB, clam_mb_authors_names, clam_
 from s4mil_monai.models.s4mil import S4MIL, authors_names
 from s4mil_monai.models.transmil import AUTHORS_NAMES, TransMIL
 from s4mil_monai.weights import load_state, read_weights
+from s4mil_monai.whole_file import write_whole
 
 State = Mapping[str, Tensor]
 
@@ -134,11 +134,9 @@ def save_imported(imported: ImportedModel, path: Path) -> None:
         OutputError: The file cannot be written.
     """
     header = {"kind": imported.kind, "settings": json.dumps(imported.settings)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    state = {key: value.contiguous() for key, value in imported.model.state_dict().items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in imported.model.state_dict().items()}, part, header)
-        part.replace(path)
+        write_whole(path, lambda part: save_file(state, part, header))
     except (OSError, SafetensorError) as error:
         raise OutputError(str(path), f"cannot be written ({error})") from error
 

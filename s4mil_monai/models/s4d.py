@@ -191,14 +191,19 @@ def convolve_blocks(u: Tensor, constants: BlockConstants, state: Tensor | None =
     return transpose(y.view(H, B * Q * T)).view(B, Q * T, H)[:, :L], after
 
 
+def turned(x: Tensor) -> Tensor:
+    """(M, N) → (N, M), contiguous, without a gradient; ``copy_`` goes tile by tile, ``contiguous`` does not."""
+    return x.new_empty((x.shape[1], x.shape[0])).copy_(x.t())
+
+
 class _Transpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return x.t().contiguous()
+        return turned(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.t().contiguous()
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return turned(grad)
 
 
 def transpose(x: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ def transpose(x: Tensor) -> Tensor:
     The gradient of ``x.t().contiguous()`` is a strided view, which the batched products of the backward pass take
     apart channel by channel, in hundreds of copies.
     """
-    return _Transpose.apply(x)  # type: ignore[return-value]
+    return _Transpose.apply(x)
 
 
 def powers(base: Tensor, count: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Many slides, safely: ledger, intake, workers, and what is told about them."""
