@@ -79,7 +79,7 @@ class EmbeddingActor:
             return far.write(self._worker.finish(Opened(work, seen.slide, result)))
         prepared = seen.prepared(Future(), stages)
         if self._settings.features is not None:  # they are found by the slide's content
-            prepared.fingerprint.set_result(far.finish_reading().slide_sha256)
+            prepared.fingerprint.set_result(far.finish_reading(stages))
         done = self._worker.embed(Opened(work, seen.slide, prepared), far.read(prepared))
         if isinstance(done, Failed):
             far.let_go()
@@ -93,6 +93,7 @@ class FarReader:
     def __init__(self, reader: Any, work: Work):
         self._ray = require("ray", extra="ray")
         self._reader, self._work = reader, work
+        self._counted: dict[str, float] = {}
         self.ended: Failed | Lost | None = None
         """How the slide ended there, if not well."""
 
@@ -106,17 +107,20 @@ class FarReader:
         while (batch := self._answer(asked.popleft())) is not None:
             asked.append(self._ask_for_more())
             yield replace(batch, regions=np.array(batch.regions))  # a copy: the object store's is read-only
-        end = self.finish_reading()
-        add_seconds(prepared.stages, end.seconds)
+        slide_sha256 = self.finish_reading(prepared.stages)
         if not prepared.fingerprint.done():
-            prepared.fingerprint.set_result(end.slide_sha256)
+            prepared.fingerprint.set_result(slide_sha256)
 
     def _ask_for_more(self) -> Any:
         return self._reader.read_on.remote(self._work.lease)
 
-    def finish_reading(self) -> ReadToTheEnd:
-        """Its fingerprint, and how long reading took."""
-        return self._answer(self._reader.finish_reading.remote(self._work.lease))
+    def finish_reading(self, stages: Stages) -> str:
+        """Its fingerprint; to ``stages`` comes what the reader has done since it was last asked."""
+        end: ReadToTheEnd = self._answer(self._reader.finish_reading.remote(self._work.lease))
+        new = {stage: spent - self._counted.get(stage, 0.0) for stage, spent in end.seconds.items()}
+        add_seconds(stages, new)
+        self._counted = end.seconds
+        return end.slide_sha256
 
     def write(self, done: Any) -> Scored | Failed:
         """Have its result written."""

@@ -66,7 +66,7 @@ class Trial:
 @pytest.fixture(scope="module", params=["local", pytest.param("ray", marks=with_ray)])
 def trial(request, tmp_path_factory, sealed_bundle):
     site = SmallSite(tmp_path_factory.mktemp(request.param), sealed_bundle)
-    site.configure(executor=request.param)
+    site.configure(executor=request.param, features="features")
     executor = read_checked_site(site.file, default_bundle=lambda: sealed_bundle).make_executor()
     before = signal.getsignal(signal.SIGTERM)
     executor.start()
@@ -95,6 +95,15 @@ def test_a_slide_begins_and_gets_the_score_it_has_anywhere(trial, sealed_bundle)
     assert {"opening", "reading", "encoding"} <= scored.facts["seconds"].keys()
     written = {path.name for path in (trial.site.folder / "work" / lease).iterdir()}
     assert written == set(scored.outputs) >= {"result.json", "features.h5", "heatmap.png", "report.html"}
+
+
+def test_a_slide_with_kept_features_is_not_encoded_again_and_says_how_long_its_look_took(trial):
+    slide = trial.site.scan("kept.tif", seed=4)
+    first, again = (trial.wait_for(trial.submit(slide), Scored, Failed).facts for _ in range(2))
+    assert again["probabilities"] == pytest.approx(first["probabilities"], abs=1e-6)
+    assert "encoding" in first["seconds"]
+    assert "encoding" not in again["seconds"]
+    assert {"opening", "tissue"} <= again["seconds"].keys()
 
 
 def test_a_slide_without_tissue_has_a_result_that_says_so(trial, white_slide):
