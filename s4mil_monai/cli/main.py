@@ -21,6 +21,7 @@ from s4mil_monai.cli.batch import (
     batch_status,
     verify,
 )
+from s4mil_monai.cli.bundle import bundle
 from s4mil_monai.cli.calibrate import calibrate
 from s4mil_monai.cli.checkpoint import import_checkpoint
 from s4mil_monai.cli.console import EXIT_ERROR, EXIT_USAGE, complain, say
@@ -60,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "pacs": pacs,
     "ablate": ablate,
     "experiment": experiment,
+    "bundle": bundle,
     "calibrate": calibrate,
     "export": export,
     "seal": seal,
