@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ def load_scorer(
 
     Args:
         bundle: Its folder.
-        encoder: Name of the encoder the caller expects; the bundle's own by default.
+        encoder: The bundle's encoder, by name: another is refused. One of a site's own is given by its YAML file.
         encoder_weights: File to take instead of the published weights.
         patch_stage: ``torch`` or ``dali``.
         batch_size: Patches a step of the encoder.
@@ -101,7 +102,7 @@ def load_scorer(
     wanted = loaded.settings.encoder
     if encoder is not None and find_encoder(encoder).name != wanted.name:
         raise BundleError(str(bundle), f"was trained on features of {wanted.name}, not of {encoder}")
-    ready = load_encoder(wanted.name, weights=encoder_weights, device=device)
+    ready = load_encoder(encoder or wanted.name, weights=encoder_weights, device=device)
     if ready.fingerprint != wanted.sha256:
         raise BundleError(
             str(bundle),
@@ -124,7 +125,7 @@ def find_calibration(folder: Path, settings: BundleSettings) -> Calibration | No
     """The calibration of a bundle; None where it has none.
 
     Raises:
-        BundleError: It is damaged, or for another number of classes.
+        BundleError: It is damaged, for another number of classes, or was fitted for other weights.
     """
     path = folder / CALIBRATION_FILE
     if not path.is_file():
@@ -132,12 +133,23 @@ def find_calibration(folder: Path, settings: BundleSettings) -> Calibration | No
     found = read_calibration(path)
     if found.classes != len(settings.classes):
         raise BundleError(str(path), f"is for {found.classes} classes, the model has {len(settings.classes)}")
+    if found.model_sha256 != settings.weights.sha256:
+        theirs = (
+            "no weights in particular" if found.model_sha256 is None else f"weights {found.model_sha256[:12]}…"
+        )
+        raise BundleError(
+            str(path),
+            f"is for {theirs}, the model has {settings.weights.sha256[:12]}…; "
+            "run s4mil calibrate again, or remove it",
+        )
     return found
 
 
 def fingerprint_model(settings: BundleSettings, calibration: Calibration | None) -> str:
-    """SHA-256 of all that makes a model's scores what they are: both networks, the patches, the calibration."""
+    """SHA-256 of all that makes a model's scores what they are and mean: both networks, the names of the classes,
+    the patches, the calibration."""
     parts = (
+        json.dumps(settings.classes),
         settings.weights.sha256,
         settings.encoder.sha256,
         settings.patches.model_dump_json(),

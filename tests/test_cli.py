@@ -312,6 +312,16 @@ def test_sealed_bundle_stays_sealed_when_it_is_exported_and_calibrated(s4mil, se
     assert (code, complaint) == (0, [])
     assert out[1].endswith("; nothing is referred")  # no slide is on the wrong side
     assert s4mil("verify-bundle", sealed)[1][0].startswith(f"{sealed}: 6 files are as they were sealed")
+    assert load_scorer(sealed).calibration.threshold is not None
+
+
+def test_predictions_of_other_classes_calibrate_nothing(s4mil, sealed):
+    shares = [tuple(0.6 if c == i % 3 else 0.2 for c in range(3)) for i in range(60)]
+    rows = [f"s4mil,0,{i % 5},s{i},p{i},{i % 3},{a},{b},{c}" for i, (a, b, c) in enumerate(shares)]
+    Path("predictions.csv").write_text("\n".join(["model,seed,fold,slide,patient,label,p_0,p_1,p_2", *rows]))
+    code, _, complaint = s4mil("calibrate", "predictions.csv", "--bundle", sealed, "--model", "s4mil")
+    assert (code, complaint) == (1, [f"s4mil: predictions.csv: is of 3 classes, {sealed} of 2"])
+    assert load_scorer(sealed).calibration is None
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,14 @@ from scipy.ndimage import gaussian_filter
 
 from s4mil_monai.errors import BundleError, OutputError, SlideError
 from s4mil_monai.features.store import load_bag
+from s4mil_monai.models.bag_model import SlideLogits
+from s4mil_monai.models.bundle import describe_bundle, ship_weights
+from s4mil_monai.models.s4mil import S4MIL
 from s4mil_monai.result import SlideResult, read_result
-from s4mil_monai.scoring import CALIBRATION_FILE, load_scorer, score_slide, score_to_folder
+from s4mil_monai.scoring import CALIBRATION_FILE, fingerprint_model, load_scorer, score_slide, score_to_folder
 from s4mil_monai.slides.pyramid import write_pyramid
 from s4mil_monai.statistics.calibration import Calibration, write_calibration
+from s4mil_monai.statistics.drift_reference import DRIFT_REFERENCE_FILE
 from s4mil_monai.streaming.choose import ChosenRuntime
 from s4mil_monai.streaming.torch_runtime import TorchRuntime
 from tests.conftest import GLASS, tissue_picture
@@ -230,6 +234,7 @@ def write_calibration_of(bundle, folder, *, refer=(0.2, 0.8), threshold=0.5):
         n=100,
         n_patients=100,
         provenance="a test",
+        model_sha256=describe_bundle(bundle)[1].weights.sha256,
     )
     write_calibration(calibration, copy / CALIBRATION_FILE)
     return copy
@@ -249,12 +254,55 @@ def test_calibration_of_the_bundle_gives_probability_and_decision(
     assert (result.decision, result.threshold) == (decision, threshold)
 
 
+def test_the_decision_is_that_of_class_1(tissue_slide, bundle, tmp_path):
+    scorer = load_scorer(write_calibration_of(bundle, tmp_path, refer=(0.5, 0.5)))
+    first, second = score_slide(tissue_slide, scorer).calibrated
+    assert abs(first - second) > 0.01
+    between = (first + second) / 2  # 0.5, and between what the two classes have
+    expected = "positive" if second >= between else "negative"
+    assert score_slide(tissue_slide, scorer).decision == expected
+
+
 def test_calibration_for_other_classes_is_refused(bundle, tmp_path):
     copy = write_calibration_of(bundle, tmp_path)
-    text = (copy / CALIBRATION_FILE).read_text().replace('"classes": 2', '"classes": 3')
-    (copy / CALIBRATION_FILE).write_text(text)
-    with pytest.raises(BundleError, match=r"calibration\.json"):
+    content = json.loads((copy / CALIBRATION_FILE).read_text())
+    content |= {"classes": 3, "class_floors": [0.1, 0.1, 0.1]}
+    (copy / CALIBRATION_FILE).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="is for 3 classes, the model has 2"):
         load_scorer(copy)
+
+
+@pytest.mark.parametrize("weights", ["0" * 64, None])
+def test_calibration_of_other_weights_is_refused(bundle, tmp_path, weights):
+    copy = write_calibration_of(bundle, tmp_path)
+    content = json.loads((copy / CALIBRATION_FILE).read_text()) | {"model_sha256": weights}
+    (copy / CALIBRATION_FILE).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="run s4mil calibrate again"):
+        load_scorer(copy)
+
+
+def test_new_weights_take_calibration_and_drift_reference_with_them(bundle, tmp_path):
+    copy = write_calibration_of(bundle, tmp_path)
+    (copy / DRIFT_REFERENCE_FILE).write_text("{}")
+    _, settings = describe_bundle(copy)
+    torch.manual_seed(7)
+    torch.save(SlideLogits(S4MIL(**settings.network.model_dump())).state_dict(), copy / "new.pt")
+    ship_weights(copy, copy / "new.pt", settings)
+    assert load_scorer(copy).calibration is None
+    assert not (copy / DRIFT_REFERENCE_FILE).exists()
+
+
+def test_names_of_classes_are_part_of_what_a_score_is(bundle):
+    _, settings = describe_bundle(bundle)
+    swapped = settings.model_copy(update={"classes": settings.classes[::-1]})
+    assert fingerprint_model(settings, None) != fingerprint_model(swapped, None)
+
+
+def test_patches_of_the_result_lie_where_the_slide_has_tissue(result):
+    expected = [(x, y) for y in (256, 512, 768) for x in (256, 512, 768, 1024)]
+    assert result.patches.top_left_px0 == expected
+    for patch in result.deciding_patches:
+        assert patch.top_left_px0 == expected[patch.index]
 
 
 def blur_slide(tissue_picture, folder):

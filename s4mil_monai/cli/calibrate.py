@@ -35,7 +35,8 @@ def calibrate(
             raise UsageError(f"--{name} lies between 0 and 1, got {share}")
     if method not in ("temperature", "platt"):
         raise UsageError(f"--method is temperature or platt, got {method!r}")
-    from s4mil_monai.errors import BundleError, TableError
+    from s4mil_monai.errors import TableError
+    from s4mil_monai.models.bundle import describe_bundle
     from s4mil_monai.models.seal import kept_sealed
     from s4mil_monai.scoring import CALIBRATION_FILE
     from s4mil_monai.statistics.calibration import write_calibration
@@ -43,8 +44,7 @@ def calibrate(
     from s4mil_monai.statistics.predictions import is_cross_validation, read_predictions, rows_of
 
     target = Path(bundle) / CALIBRATION_FILE
-    if not target.parent.is_dir():
-        raise BundleError(bundle, f"is not a bundle: {target.parent.name} is missing")
+    _, settings = describe_bundle(Path(bundle))
     rows = rows_of(read_predictions(predictions), model)
     rows = rows[rows["seed"] == seed]
     if rows.empty:
@@ -61,6 +61,9 @@ def calibrate(
         provenance=f"out-of-fold predictions of {model}, seed {seed}, {len(rows)} slides",
         where=predictions,
     )
+    if found.classes != len(settings.classes):
+        raise TableError(predictions, f"is of {found.classes} classes, {bundle} of {len(settings.classes)}")
+    found = found.model_copy(update={"model_sha256": settings.weights.sha256})
     with kept_sealed(Path(bundle)):
         write_calibration(found, target)
     say(f"{model}: calibrated on {found.n} slides of {found.n_patients} patients, in {target}")

@@ -43,7 +43,7 @@ def score(
         ignore_quality: Score a slide even where its quality is judged too bad.
         dicom: Write DICOM objects for the PACS and a FHIR report as well.
         studies: CSV of the site with patients and studies by slide, for --dicom of slides that are no DICOM.
-        encoder: Name of the patch encoder you expect the bundle to have.
+        encoder: Patch encoder the bundle was trained with, by name; the YAML file of one of your own.
         encoder_weights: Weights file of the encoder, instead of the published one.
         patch_stage: What prepares patches: torch, dali, or auto, the faster one here.
         batch_size: Patches the encoder takes at once.

@@ -22,6 +22,9 @@ from s4mil_monai.models.seal import kept_sealed
 from s4mil_monai.result import EncoderRecord, ModelRecord, PatchSettings
 from s4mil_monai.weights import load_state, read_weights
 
+FITTED_TO_WEIGHTS = (Path("configs") / "calibration.json", Path("configs") / "drift_reference.json")
+"""Files of a bundle that are of one model's weights and no other's."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -139,6 +142,8 @@ def _sha256(path: Path) -> str:
 def ship_weights(folder: Path, weights: Path, settings: BundleSettings) -> BundleSettings:
     """Put trained weights into a bundle and make its metadata say what they are.
 
+    What was fitted to the weights before, calibration and drift reference, is removed.
+
     Args:
         folder: The bundle; its ``metadata.json`` is rewritten, and its manifest if that was true.
         weights: State dict of the training's network, as MONAI's ``CheckpointSaver`` writes it.
@@ -163,6 +168,8 @@ def _write_weights(
 ) -> BundleSettings:
     target = folder / settings.weights.path
     target.parent.mkdir(exist_ok=True)
+    for fitted in FITTED_TO_WEIGHTS:
+        (folder / fitted).unlink(missing_ok=True)
     torch.save(network.state_dict(), target)
     described = WeightsSettings(path=settings.weights.path, sha256=_sha256(target))
     settings = settings.model_copy(update={"weights": described})

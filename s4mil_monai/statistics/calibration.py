@@ -86,6 +86,8 @@ class Calibration(Scaling):
     """By class, the calibrated probability from which on it cannot be ruled out."""
     alpha: float = Field(gt=0, lt=1)
     """At most this share of the slides of each class is called the wrong one, on average over calibrations."""
+    model_sha256: str | None = None
+    """Weights it is kept beside; None before it is put into a bundle."""
     n: int = Field(ge=1)
     """Slides it was fitted on."""
     n_patients: int = Field(ge=1)

@@ -26,7 +26,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 _S4MIL = f"{S4MIL.__module__}.{S4MIL.__qualname__}"
 _WEIGHTS = "models/model.pt"
-_OF_OTHER_WEIGHTS = {"calibration.json", "drift_reference.json"}
+_NOT_TAKEN_OVER = {"SHA256SUMS", "models", "docs"}
 _RESEARCH = "Research use; not cleared for diagnosis"
 
 
@@ -199,8 +199,11 @@ def _fill(
 
 def _take_over(template: Path, part: Path, kind: str, name: str) -> None:
     """Configurations and licence of the bundle that was trained with, which then name the new one."""
-    dropped = {template: {"SHA256SUMS", "models", "docs"}, template / "configs": _OF_OTHER_WEIGHTS}
-    shutil.copytree(template, part, ignore=lambda folder, names: dropped.get(Path(folder), set()) & set(names))
+    shutil.copytree(
+        template,
+        part,
+        ignore=lambda folder, names: _NOT_TAKEN_OVER & set(names) if Path(folder) == template else (),
+    )
     for file in (part / "configs").rglob("*.yaml"):
         file.write_text(file.read_text(encoding="utf-8").replace(kind, name), encoding="utf-8")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
@@ -24,6 +25,7 @@ from s4mil_monai.slides.pyramid import write_pyramid
 from s4mil_monai.training.new_bundle import read_sizes
 from s4mil_monai.weights import load_state, read_weights
 from tests.conftest import tissue_picture
+from tests.features.test_encoder_file import colour_mean_onnx, describe
 from tests.training.test_train_bundle import TINY, train
 
 
@@ -111,6 +113,25 @@ def test_a_multitask_training_becomes_a_multitask_bundle(laboratory, tmp_path):
         "in_features": 1280, "classes": 3, "width": 8, "state_dim": 6, "layers": 2, "patch_classes": 4,
     }  # fmt: skip
     assert "@_meta_::s4mil::network::patch_classes" in (out / "configs" / "inference.yaml").read_text()
+
+
+def test_a_model_on_a_sites_own_encoder_scores_where_its_file_is_given(laboratory, tmp_path, capsys):
+    onnx.save(colour_mean_onnx(), tmp_path / "model.onnx")
+    encoder, slide = describe(tmp_path / "model.onnx"), laboratory / "slides" / "s0.tif"
+    features = tmp_path / "features"
+    for number in range(6):
+        options = ("--encoder", encoder, "--mpp", 0.5, "--out", features)
+        assert call("embed", laboratory / "slides" / f"s{number}.tif", *options) == 0
+    shutil.copy(laboratory / "features" / "labels.csv", features)
+    fit(tmp_path / "training", features)
+    options = ("--out", tmp_path / "own", "--features", features, "--classes", "a,b")
+    assert call("bundle", tmp_path / "training", *options) == 0
+    score = ("score", slide, "--bundle", tmp_path / "own", "--out", tmp_path / "o")
+    assert call(*score, "--encoder", encoder) == 0
+    assert read_result(tmp_path / "o" / "s0" / "result.json").encoder.name == "colour_mean"
+    capsys.readouterr()
+    assert call(*score) != 0
+    assert "colour_mean" in capsys.readouterr().err
 
 
 def refusal(capsys, laboratory, training, *, out=None, classes="a,b", features=None) -> str:
