@@ -71,7 +71,7 @@ def call(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
 
 
-def wait_until(condition: Callable[[], bool], *, at_most_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], *, at_most_s: float = 300) -> None:
     """Wait for something that has to come."""
     end = time.monotonic() + at_most_s
     while not condition():

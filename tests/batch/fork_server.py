@@ -52,7 +52,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End it."""
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=300)
 
 
 class Forked:

@@ -86,7 +86,7 @@ def test_standing_scheduler_outlasts_a_share_that_is_away_and_stops_when_asked(s
     site.scan("b.tif", seed=2)
     assert any(line.startswith("1 published; open ") for line in said)
     process.send_signal(signal.SIGTERM)
-    _, complaints = process.communicate(timeout=60)
+    _, complaints = process.communicate(timeout=300)
     assert process.returncode == 0, complaints
     assert "Traceback" not in complaints
     assert set(site.states().values()) == {JobState.PUBLISHED}

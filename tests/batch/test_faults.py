@@ -318,7 +318,7 @@ def test_a_standing_scheduler_that_lost_its_ledger_goes_on_with_what_it_had(ligh
 def test_slides_of_a_share_that_went_away_make_one_problem_and_are_scored_when_it_is_back(light_site):
     light_site.scan_some(30, says=b"slow")
     scheduler = light_site.begin()
-    wait_until(lambda: light_site.count(JobState.WAITING) > 20)
+    wait_until(lambda: light_site.count(JobState.WAITING) > 5)
     light_site.share.rename(light_site.folder / "away")
     light_site.share.mkdir()
     assert scheduler.wait() == 1

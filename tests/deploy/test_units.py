@@ -49,7 +49,7 @@ def machine(tmp_path):
 
 def analyze(machine, *arguments):
     command = ["systemd-analyze", *arguments[:1], f"--root={machine}", *arguments[1:]]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def verify(machine, *names):
@@ -91,7 +91,7 @@ def test_the_user_of_the_units_is_made(tmp_path):
         pytest.skip("systemd-sysusers is not installed")
     (tmp_path / "etc").mkdir()
     command = ["systemd-sysusers", f"--root={tmp_path}", str(SYSTEMD / "s4mil.sysusers")]
-    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    subprocess.run(command, check=True, timeout=300, capture_output=True)
     passwd = (tmp_path / "etc/passwd").read_text()
     assert re.search(r"^s4mil:x:\d+:\d+:s4mil batch:/var/lib/s4mil:/usr/sbin/nologin$", passwd, re.M)
     assert "User=s4mil\nGroup=s4mil\n" in (SYSTEMD / HARDENING).read_text()
@@ -137,7 +137,7 @@ def test_metrics_replace_what_is_there_when_whole_and_stay_when_the_command_fail
     shell = unit("s4mil-batch-metrics.service")["Service"]["ExecStart"].replace(
         "/opt/s4mil/bin/s4mil", str(command)
     )
-    done = subprocess.run(shlex.split(shell), cwd=tmp_path, check=False, timeout=60)
+    done = subprocess.run(shlex.split(shell), cwd=tmp_path, check=False, timeout=300)
     assert done.returncode == code
     assert (tmp_path / "s4mil.prom").read_text() == content
     if code == 0:
@@ -194,7 +194,7 @@ def test_kubectl_builds_the_kustomization():
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     command = ["kubectl", "kustomize", str(K8S)]
-    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     kinds = [document["kind"] for document in yaml.safe_load_all(built)]
     assert kinds.count("PersistentVolumeClaim") == 3
     assert {"Namespace", "ConfigMap", "NetworkPolicy", "CronJob"} < set(kinds)

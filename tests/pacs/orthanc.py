@@ -79,7 +79,7 @@ class Orthanc:
         self._wait()
 
     def _wait(self) -> None:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 self.session.get(f"{self.rest}/system", timeout=1).raise_for_status()
                 return
