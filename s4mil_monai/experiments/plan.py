@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, ModelSettings
 from s4mil_monai.training.datasets import Dataset, load_dataset, read_dataset
@@ -85,6 +86,14 @@ def load_data(settings_path: Path, seed: int) -> Dataset:
 def load_folds(dataset: Dataset, folds_table: Path) -> Folds:
     """The folds that an experiment keeps in a table."""
     return read_folds(folds_table, dataset.table)
+
+
+def find_test_over_train(plan: Plan) -> float | None:
+    """Slides tested over slides trained on, the mean over all folds; None where folds share their test slides."""
+    tables = {piece.seed: piece.folds_table for piece in plan.pieces}
+    folds = [load_folds(load_data(plan.settings.dataset, seed), table) for seed, table in tables.items()]
+    ratios = [ratio for of_seed in folds if (ratio := of_seed.test_over_train) is not None]
+    return fmean(ratios) if len(ratios) == len(folds) else None
 
 
 def _keep_settings(settings: ExperimentSettings, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from s4mil_monai.experiments.plan import Piece, Plan, find_lengths, load_data
+from s4mil_monai.experiments.plan import Piece, Plan, find_lengths, find_test_over_train, load_data
 from s4mil_monai.statistics.comparisons import compare_with_reference
 from s4mil_monai.statistics.figures import (
     plot_confusion,
@@ -85,8 +85,13 @@ def _write_tables(plan: Plan, frame: pd.DataFrame) -> list[Path]:
         "summary": table_of_summary(summary, title=f"{settings.name}: all metrics"),
         "models": table_of_models({name: frame}, SHOWN, title=f"{settings.name}: models"),
     }
-    if plan.settings.reference is not None and len(models_of(frame)) > 1:
-        tables["differences"] = table_of_differences(frame, plan.settings.reference, SHOWN, title=settings.name)
+    tests: pd.DataFrame | None = None
+    if settings.reference is not None and len(models_of(frame)) > 1:
+        ratio = find_test_over_train(plan)
+        tables["differences"] = table_of_differences(
+            frame, settings.reference, SHOWN, test_over_train=ratio, title=settings.name
+        )
+        tests = compare_with_reference(frame, settings.reference, test_over_train=ratio)
     patches = collect_patch_metrics(plan)
     if len(patches):
         tables["multitask"] = table_of_multitask(
@@ -109,8 +114,8 @@ def _write_tables(plan: Plan, frame: pd.DataFrame) -> list[Path]:
         for suffix in (".md", ".csv", ".tex")
     ]
     summary.to_csv(folder / "summary_numbers.csv", index=False)
-    if plan.settings.reference is not None and len(models_of(frame)) > 1:
-        compare_with_reference(frame, plan.settings.reference).to_csv(folder / "tests.csv", index=False)
+    if tests is not None:
+        tests.to_csv(folder / "tests.csv", index=False)
     return written
 
 

@@ -89,7 +89,8 @@ def corrected_t_test(values: np.ndarray, other_values: np.ndarray, *, test_over_
     Args:
         values: (J,) one a fold; folds with NaN in either are left out.
         other_values: (J,) in the same order.
-        test_over_train: Slides tested over slides trained on, of one fold; 1/(k - 1) for k folds.
+        test_over_train: Slides tested over slides trained on, of one fold. With k folds it is 1/(k - 1) only where
+            no slides are held back for validation.
     """
     return _t_test("corrected_t", values, other_values, test_over_train=test_over_train)
 
@@ -173,7 +174,8 @@ def compare_with_reference(
         frame: Checked predictions.
         reference: The model the others are compared with.
         metric: Of the bootstrap and the t-tests.
-        test_over_train: For the corrected t-test; taken as 1/(k - 1) in k-fold cross-validation, needed elsewhere.
+        test_over_train: For the corrected t-test, which is left out without it: predictions do not say how many
+            slides their models were trained on.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
         where: File or experiment, for the error.
@@ -188,7 +190,7 @@ def compare_with_reference(
         TableError: A model lacks slides or runs that the reference has, or has others.
     """
     other, folds = pool_runs(frame, reference), measure_folds(frame, [metric])
-    ratio = _ratio_of(rows_of(frame, reference)) if test_over_train is None else test_over_train
+    share_slides = not is_cross_validation(rows_of(frame, reference))
     rows = []
     for model in models_of(frame):
         if model == reference:
@@ -200,7 +202,7 @@ def compare_with_reference(
             _bootstrap_test(metric, pooled, other, resamples=resamples, seed=seed),
             _delong_test(pooled, other),
             paired_t_test(values, other_values),
-            _corrected_or_not(values, other_values, ratio),
+            _corrected_or_not(values, other_values, test_over_train, share_slides=share_slides),
             _mcnemar_of(pooled, other),
         )
         rows += [_row(model, reference, metric, result) for result in results]
@@ -259,17 +261,14 @@ def _t_test(test: str, values: np.ndarray, other_values: np.ndarray, *, test_ove
     return _two_sided(test, float(kept.mean()), variance, len(kept), freedom=len(kept) - 1)
 
 
-def _corrected_or_not(values: np.ndarray, other_values: np.ndarray, ratio: float | None) -> Comparison:
+def _corrected_or_not(
+    values: np.ndarray, other_values: np.ndarray, ratio: float | None, *, share_slides: bool
+) -> Comparison:
     if ratio is not None:
         return corrected_t_test(values, other_values, test_over_train=ratio)
     plain, nan = paired_t_test(values, other_values), float("nan")
-    note = "needs test_over_train: folds are not those of cross-validation"
-    return Comparison("corrected_t", plain.difference, nan, nan, nan, nan, plain.n, note)
-
-
-def _ratio_of(rows: pd.DataFrame) -> float | None:
-    folds = rows["fold"].nunique()
-    return 1 / (folds - 1) if is_cross_validation(rows) and folds > 1 else None
+    why = "folds share test slides" if share_slides else "slides tested over slides trained on is not given"
+    return Comparison("corrected_t", plain.difference, nan, nan, nan, nan, plain.n, f"no corrected_t: {why}")
 
 
 def _bootstrap_test(

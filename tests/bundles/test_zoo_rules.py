@@ -204,8 +204,8 @@ def test_evaluation_refuses_features_of_another_resolution_than_the_models(name,
         save_bag(tmp_path / file.name, replace(bag, origin=replace(bag.origin, patch_mpp=2.0)))
     shutil.copy(features / "labels.csv", tmp_path)
     evaluation = workflow(name, "evaluate", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+    evaluation.initialize()
     with pytest.raises(RuntimeError) as refused:
-        evaluation.initialize()
         evaluation.run()
     wanted = "trained with patch_mpp 0.5, and features have 2 for line 2 (s0), line 3 (s1)"
     assert wanted in _first_cause(refused.value)

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from s4mil_monai.experiments.plan import FINISHED, plan_experiment
 from s4mil_monai.experiments.settings import ExperimentError, read_experiment
@@ -104,6 +106,26 @@ def test_tables_and_figures_are_written(stopped_and_resumed):
     for name in ("roc", "confusion_tiny", "reliability_tiny_n8", "curves_tiny"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
     assert "| tiny_n8 |" in said
+
+
+def test_corrected_t_test_goes_by_the_slides_that_were_trained_on(stopped_and_resumed):
+    folder = stopped_and_resumed[0]
+    parts = pd.read_csv(folder / "folds_seed0.csv").groupby(["fold", "part"]).size().unstack()
+    ratio = (parts["test"] / parts["train"]).mean()
+    assert ratio > 0.75  # a third tests, a third validates, a third trains; 1/2 without those that validate
+    frame = pd.read_csv(folder / "predictions.csv")
+    values = [
+        [roc_auc_score(rows["label"], rows["p_1"]) for _, rows in frame[frame["model"] == model].groupby("fold")]
+        for model in ("tiny_n8", "tiny")
+    ]
+    differences = np.subtract(*values)
+    statistic = differences.mean() / np.sqrt(differences.var(ddof=1) * (1 / 3 + ratio))
+    tests = pd.read_csv(folder / "tables" / "tests.csv").set_index("test")
+    assert tests.loc["corrected_t", "statistic"] == pytest.approx(statistic)
+    p_value = 2 * scipy.stats.t(2).sf(abs(statistic))
+    assert tests.loc["corrected_t", "p"] == pytest.approx(p_value)
+    shown = pd.read_csv(folder / "tables" / "differences.csv", index_col=0, dtype=str)
+    assert shown.loc["tiny_n8", "p"] == f"{p_value:.3f}"
 
 
 def test_one_mlflow_run_has_all_trainings_as_children(stopped_and_resumed):
