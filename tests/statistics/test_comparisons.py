@@ -177,6 +177,19 @@ def test_every_model_is_compared_with_the_reference_by_every_test():
     np.testing.assert_allclose(intervals["low", "bootstrap"], intervals["low", "delong"], atol=0.01)
 
 
+def test_copies_of_a_patients_slide_narrow_no_interval_of_a_difference():
+    models = {"a": 1.0, "b": 0.5}
+    once, copied = (
+        compare_with_reference(simulate(models, slides=slides, per_patient=each), "a", resamples=300)
+        for slides, each in ((60, 1), (180, 3))
+    )
+    assert copied["n"][0] == 180
+    for test in ("bootstrap", "delong"):
+        wanted, found = (rows.set_index("test").loc[test] for rows in (once, copied))
+        assert wanted["high"] - wanted["low"] > 0.1
+        assert (found["low"], found["high"]) == pytest.approx((wanted["low"], wanted["high"]))
+
+
 def test_corrected_t_test_widens_the_plain_one_by_the_ratio_it_is_given():
     frame = simulate({"a": 1.0, "b": 0.5}, folds=5)
     found = compare_with_reference(frame, "a", metric="accuracy", test_over_train=1 / 3, resamples=50)
