@@ -11,7 +11,14 @@ from scipy.stats import binomtest, chi2, false_discovery_control, norm
 from scipy.stats import t as student
 
 from s4mil_monai.errors import TableError
-from s4mil_monai.statistics.intervals import RESAMPLES, bootstrap, delong_covariance, place, statistic_of
+from s4mil_monai.statistics.intervals import (
+    RESAMPLES,
+    bootstrap,
+    delong_covariance,
+    place,
+    statistic_of,
+    why_no_delong,
+)
 from s4mil_monai.statistics.metrics import measure
 from s4mil_monai.statistics.predictions import (
     PooledRuns,
@@ -287,20 +294,12 @@ def _bootstrap_test(
 
 
 def _delong_test(pooled: PooledRuns, other: PooledRuns) -> Comparison:
-    why = _why_no_delong(pooled)
+    why = why_no_delong(pooled)
     if why:
         nan = float("nan")
         return Comparison("delong", nan, nan, nan, nan, nan, len(pooled.slides), why)
     scores, other_scores = pooled.probabilities[:, :, 1], other.probabilities[:, :, 1]
     return compare_aurocs(pooled.labels, scores, other_scores, pooled.patients)
-
-
-def _why_no_delong(pooled: PooledRuns) -> str:
-    if not pooled.is_binary:
-        return "for two classes only"
-    if not pooled.is_complete:
-        return "runs are of different slides"
-    return "" if len(set(pooled.labels.tolist())) == 2 else "slides are of one class"
 
 
 def _mcnemar_of(pooled: PooledRuns, other: PooledRuns) -> Comparison:
