@@ -10,7 +10,7 @@ from statistics import fmean
 
 from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, ModelSettings
 from s4mil_monai.training.datasets import Dataset, load_dataset, read_dataset
-from s4mil_monai.training.folds import Folds, make_folds, read_folds, save_folds
+from s4mil_monai.training.folds import Folds, make_folds, read_folds, read_folds_of_any_layout, save_folds
 from s4mil_monai.whole_file import write_whole
 
 FINISHED = "finished.json"
@@ -132,7 +132,7 @@ def _draw(settings: ExperimentSettings, dataset: Dataset, seed: int) -> Folds:
     if dataset.folds is not None:
         return dataset.folds
     if settings.folds_table is not None:
-        return read_folds(settings.folds_table, dataset.table)
+        return read_folds_of_any_layout(settings.folds_table, dataset.table)
     return make_folds(dataset.table, folds=settings.folds, seed=seed, kind=settings.fold_kind)
 
 

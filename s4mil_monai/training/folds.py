@@ -345,6 +345,16 @@ def read_folds(path: str | Path, table: SlideTable) -> Folds:
     return _collect(str(path), table, cells.assign(fold=cells["fold"].astype(int)))
 
 
+def read_folds_of_any_layout(path: str | Path, table: SlideTable) -> Folds:
+    """Read folds as :func:`save_folds` writes them, or in the authors' layout: a folder, or a ``train`` column.
+
+    Raises:
+        TableError: As :func:`read_folds` and :func:`import_published_folds` say.
+    """
+    published = Path(path).is_dir() or "train" in read_cells(path)
+    return import_published_folds(path, table) if published else read_folds(path, table)
+
+
 def import_published_folds(path: str | Path, table: SlideTable) -> Folds:
     """Read folds in the authors' layout: one CSV a fold, with slides and class numbers of the three parts.
 

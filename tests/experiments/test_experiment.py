@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ import scipy.stats
 import yaml
 from sklearn.metrics import roc_auc_score
 
-from s4mil_monai.experiments.plan import FINISHED, plan_experiment
+from s4mil_monai.experiments.plan import FINISHED, find_test_over_train, plan_experiment
 from s4mil_monai.experiments.settings import ExperimentError, read_experiment
+from s4mil_monai.features.store import save_bag
+from tests.features.test_store import make_real_bag
 
 DATASETS = Path(__file__).resolve().parents[2] / "configs" / "datasets"
 EXPERIMENTS = DATASETS.parent / "experiments"
@@ -192,6 +196,80 @@ def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
     ]  # fmt: skip
     assert table.loc["both", "Patches AUROC"] == f"{measured['patch_auroc']:.3f}"
     assert (table.loc["slides"].iloc[2:] == "–").all()
+
+
+OWN_SLIDES = ("a0", "b1", "c0", "d1", "e0", "f1")
+"""Named with their class."""
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A folder with a data set of six slides, and an experiment on it that takes its folds from ``published``."""
+    store_features(tmp_path / "features", OWN_SLIDES)
+    rows = "".join(f"{slide},{slide[1]}\n" for slide in OWN_SLIDES)
+    (tmp_path / "labels.csv").write_text("slide,label\n" + rows)
+    dataset = {"name": "own", "data_folder": str(tmp_path), "label_table": "labels.csv"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(dataset | {"feature_folder": "features"}))
+    write_experiment(tmp_path, dataset="own.yaml", folds_table="published")
+    return tmp_path
+
+
+def store_features(folder: Path, slides: Iterable[str]) -> None:
+    save_bag(folder / "first.h5", make_real_bag(2))
+    for slide in slides:
+        (folder / f"{slide}.h5").symlink_to(folder / "first.h5")
+
+
+def publish(train: str, val: str, test: str) -> str:
+    """A fold of slides named by a letter, in the authors' layout."""
+    named = {slide[0]: slide for slide in OWN_SLIDES}
+    lines = [",train,train_label,val,val_label,test,test_label"]
+    for i, row in enumerate(zip_longest(train, val, test)):
+        cells = [f"{named[letter]},{named[letter][1]}.0" if letter else "," for letter in row]
+        lines.append(",".join([str(i), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def test_published_folds_in_the_authors_six_columns_are_what_an_experiment_trains_on(own):
+    (own / "published").mkdir()
+    for number, parts in {2: ("ab", "cd", "ef"), 10: ("cd", "ef", "ab")}.items():
+        (own / "published" / f"fold{number}.csv").write_text(publish(*parts))
+    plan = plan_experiment(read_experiment(own / "quick.yaml"), own / "out")
+    kept = pd.read_csv(own / "out" / "folds_seed0.csv").groupby(["fold", "part"])["slide"].agg(" ".join)
+    assert kept.to_dict() == {
+        (0, "train"): "a0 b1", (0, "validation"): "c0 d1", (0, "test"): "e0 f1",
+        (1, "train"): "c0 d1", (1, "validation"): "e0 f1", (1, "test"): "a0 b1",
+    }  # fmt: skip
+    assert {(piece.model.name, piece.fold) for piece in plan.pieces} == set(product(("tiny", "tiny_n8"), (0, 1)))
+    assert find_test_over_train(plan) == 1  # two slides each
+
+
+def test_published_folds_of_other_labels_than_the_table_stop_the_experiment_in_one_line(own):
+    (own / "published").mkdir()
+    (own / "published" / "fold0.csv").write_text(publish("ab", "cd", "ef").replace("e0,0.0", "e0,1.0"))
+    finished = subprocess.run(command(own / "quick.yaml"), capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    (complaint,) = finished.stderr.splitlines()
+    assert "fold0.csv: has other labels than" in complaint
+    assert complaint.endswith("for line 2 (e0: '1.0')")
+
+
+def test_camelyon16s_published_fold_is_what_an_experiment_trains_on(tmp_path, shared):
+    labels = shared / "labels"
+    slides = pd.read_csv(labels / "camelyon16_labels.csv")["filenames"].str.removesuffix(".tif.npy")
+    store_features(tmp_path / "features", slides)
+    dataset = {"name": "camelyon16", "kind": "camelyon16", "feature_folder": str(tmp_path / "features")}
+    dataset |= {"label_table": str(labels / "camelyon16_labels.csv")}
+    dataset |= {"test_table": str(labels / "camelyon16_test_reference.csv")}
+    (tmp_path / "camelyon16.yaml").write_text(yaml.safe_dump(dataset))
+    folds = str(labels / "camelyon16_fold0.csv")
+    file = write_experiment(tmp_path, dataset="camelyon16.yaml", folds_table=folds)
+    plan = plan_experiment(read_experiment(file), tmp_path / "out")
+    kept = pd.read_csv(tmp_path / "out" / "folds_seed0.csv")
+    assert kept["part"].value_counts().to_dict() == {"train": 216, "validation": 54, "test": 129}
+    published = pd.read_csv(folds)
+    assert set(kept["slide"][kept["part"] == "validation"]) == set(published["val"].dropna())
+    assert find_test_over_train(plan) == 129 / 216
 
 
 @pytest.mark.parametrize(
