@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -141,7 +140,8 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def find_lengths(dataset: Dataset) -> Iterator[tuple[str, int]]:
-    """Each slide of a data set with its number of patches."""
-    for bag in dataset.bags:
-        yield bag.slide, bag.length
+def find_lengths(settings: ExperimentSettings) -> dict[str, int]:
+    """Each slide of an experiment with its number of patches."""
+    composed_anew = read_dataset(settings.dataset).kind == "composed_colon"
+    seeds = settings.seeds if composed_anew else settings.seeds[:1]
+    return {bag.slide: bag.length for seed in seeds for bag in load_data(settings.dataset, seed).bags}

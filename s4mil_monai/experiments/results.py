@@ -97,7 +97,7 @@ def _write_tables(plan: Plan, frame: pd.DataFrame) -> list[Path]:
         tables["multitask"] = table_of_multitask(
             frame, patches, SHOWN, title=f"{settings.name}: slides and patches"
         )
-    lengths = {name: dict(find_lengths(dataset))}
+    lengths = {name: find_lengths(settings)}
     if set(frame["slide"]) <= lengths[name].keys():
         tables["long_slides"] = table_of_long_slides(
             {name: frame},

@@ -19,7 +19,7 @@ from s4mil_monai.errors import OutputError, TableError, UnknownNameError
 from s4mil_monai.statistics.comparisons import TESTS_WITH_P_VALUE, compare_with_reference, measure_folds
 from s4mil_monai.statistics.intervals import RESAMPLES, Interval, bootstrap_metric, delong_interval
 from s4mil_monai.statistics.metrics import LOWER_IS_BETTER
-from s4mil_monai.statistics.predictions import models_of, pool_runs
+from s4mil_monai.statistics.predictions import has_same_folds, models_of, pool_runs, rows_of
 
 TITLES = {
     "accuracy": "Accuracy",
@@ -196,7 +196,11 @@ def table_of_multitask(
     strangers = sorted(set(patch_values["model"]) - set(models_of(frame)))
     if strangers:
         raise TableError("patch values", f"are of {', '.join(strangers)}, which the predictions do not have")
-    by_fold = patch_values.groupby(["model", "fold", "metric"], sort=False, as_index=False)["value"].mean()
+    # as measure_folds does with slides: seeds are averaged where they hold back the same ones
+    averaged = all(has_same_folds(rows_of(frame, model)) for model in models_of(frame))
+    own_folds = ["seed"] if "seed" in patch_values.columns and not averaged else []
+    keys = ["model", *own_folds, "fold", "metric"]
+    by_fold = patch_values.groupby(keys, sort=False, as_index=False)["value"].mean()
     slides, columns = measure_folds(frame, metrics), {}
     for heading, values in (("Slides", slides), ("Patches", by_fold)):
         for metric in dict.fromkeys(values["metric"]):

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product, zip_longest
 from pathlib import Path
 
@@ -19,9 +19,19 @@ import scipy.stats
 import yaml
 from sklearn.metrics import roc_auc_score
 
-from s4mil_monai.experiments.plan import FINISHED, find_test_over_train, plan_experiment
+from s4mil_monai.experiments.plan import (
+    FINISHED,
+    Piece,
+    Plan,
+    find_test_over_train,
+    load_data,
+    load_folds,
+    plan_experiment,
+)
+from s4mil_monai.experiments.results import write_results
 from s4mil_monai.experiments.settings import ExperimentError, read_experiment
 from s4mil_monai.features.store import save_bag
+from s4mil_monai.training.predictions import tabulate_bags
 from tests.features.test_store import make_real_bag
 
 DATASETS = Path(__file__).resolve().parents[2] / "configs" / "datasets"
@@ -175,13 +185,51 @@ def test_a_training_that_fails_is_named_and_the_others_are_run(tmp_path):
     assert "| tiny |" in finished.stdout
 
 
-def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
+def make_tiles(folder: Path) -> None:
+    """Tiles, and a data set of 6, 6 and 6 bags composed of them."""
     labels = np.repeat(("AC", "H", "S", "T", "V"), 20)
     features = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
-    np.savez(tmp_path / "tiles.npz", features=features, labels=labels)
+    np.savez(folder / "tiles.npz", features=features, labels=labels)
     dataset = {"name": "bags", "kind": "composed_colon", "bags": [6, 6, 6]}
-    dataset |= {"feature_folder": str(tmp_path / "tiles.npz")}
-    (tmp_path / "bags.yaml").write_text(yaml.safe_dump(dataset))
+    dataset |= {"feature_folder": str(folder / "tiles.npz")}
+    (folder / "bags.yaml").write_text(yaml.safe_dump(dataset))
+
+
+def finish_without_training(plan: Plan, **metrics: Callable[[Piece], float]) -> None:
+    """Leave in each training's folder what a model leaves that knows the classes but for some noise."""
+    generator = np.random.default_rng(0)
+    for piece in plan.pieces:
+        data = load_data(plan.settings.dataset, piece.seed)
+        test = data.split(load_folds(data, piece.folds_table), piece.fold).test
+        p = np.clip([0.25 + 0.5 * bag.label + generator.normal(0, 0.1) for bag in test], 0, 1)
+        piece.folder.mkdir(parents=True)
+        rows = tabulate_bags(np.stack([1 - p, p], 1), test, model=piece.model.name, fold=piece.fold)
+        rows.to_csv(piece.folder / "predictions.csv", index=False)
+        found = {name: value(piece) for name, value in metrics.items()}
+        (piece.folder / "metrics.json").write_text(json.dumps(found))
+        piece.finish(1.0)
+
+
+def test_bags_composed_anew_by_each_seed_are_bags_of_their_own_in_every_table(tmp_path):
+    make_tiles(tmp_path)
+    changes = {"dataset": "bags.yaml", "seeds": [0, 1], "metrics": ["auroc"]}
+    plan = plan_experiment(read_experiment(write_experiment(tmp_path, **changes)), tmp_path / "out")
+    finish_without_training(plan, patch_auroc=lambda piece: 0.8 - 0.2 * piece.seed)
+    write_results(plan)
+    tables = tmp_path / "out" / "tables"
+    tests = pd.read_csv(tables / "tests.csv").set_index("test")
+    assert tests.loc["bootstrap", "n"] == 12  # not 6, of which each would be two bags
+    splits = [load_data(plan.settings.dataset, seed) for seed in (0, 1)]
+    lengths = [bag.length for data in splits for bag in data.bags if bag.slide in data.table.test_slides]
+    longest = [length for length in lengths if length >= np.percentile(lengths, 85)]
+    said = f"bags: {len(longest)} of 12 slides, from {min(longest):,} patches on."
+    assert said in (tables / "long_slides.md").read_text()
+    patches = pd.read_csv(tables / "multitask.csv", index_col=0, dtype=str)["Patches AUROC"]
+    assert patches["tiny"] == "0.700 ± 0.141"  # .8 and .6
+
+
+def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
+    make_tiles(tmp_path)
     models = [{"name": "slides"}, {"name": "both", "bundle": "s4mil_multitask"}]
     changes = {"dataset": "bags.yaml", "folds": 1, "reference": None, "models": models, "metrics": ["accuracy"]}
     finished = subprocess.run(
