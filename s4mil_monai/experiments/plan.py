@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
+
 from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, ModelSettings
 from s4mil_monai.training.datasets import Dataset, load_dataset, read_dataset
 from s4mil_monai.training.folds import Folds, make_folds, read_folds, read_folds_of_any_layout, save_folds
+from s4mil_monai.training.labels import SlideTable, name_rows
 from s4mil_monai.whole_file import write_whole
 
 FINISHED = "finished.json"
@@ -98,8 +101,10 @@ def find_test_over_train(plan: Plan) -> float | None:
 def _keep_settings(settings: ExperimentSettings, folder: Path) -> None:
     kept = folder / "experiment.json"
     now = json.loads(settings.model_dump_json())
+    now["dataset_settings"] = json.loads(read_dataset(settings.dataset).model_dump_json())
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
+        before.setdefault("dataset_settings", now["dataset_settings"])  # of a version that did not keep them
         changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
         added = [model for model in now["models"] if model not in before.get("models", [])]
         gone = [model["name"] for model in before.get("models", []) if model not in now["models"]]
@@ -118,10 +123,28 @@ _MAY_CHANGE = ("models", "metrics", "reference", "percentile_long")
 """Models may be added, and tables made anew; what was trained stays as it is."""
 
 
+def _keep_labels(table: SlideTable, folder: Path, seed: int) -> None:
+    """Refuse to go on with other labels or patients than before; folds know slides by name alone."""
+    kept = folder / f"slides_seed{seed}.csv"
+    now = table.rows[["slide", "label", "patient", "site"]].astype(str)
+    if not kept.is_file():
+        write_whole(kept, now.to_csv(index=False, lineterminator="\n"))
+        return
+    before = pd.read_csv(kept, dtype=str, keep_default_na=False).set_index("slide")
+    changed = ~(before.reindex(now["slide"]).to_numpy() == now.drop(columns="slide").to_numpy()).all(axis=1)
+    if changed.any():
+        raise ExperimentError(
+            str(folder),
+            f"was begun with another label, patient or site for {name_rows(table.rows[changed])} of {table.path}; "
+            "choose another --out",
+        )
+
+
 def _keep_folds(settings: ExperimentSettings, folder: Path, seed: int) -> tuple[Path, int]:
     """The table of folds of one seed, drawn if it is not there yet, and their number."""
     table = folder / f"folds_seed{seed}.csv"
     dataset = load_data(settings.dataset, seed)
+    _keep_labels(dataset.table, folder, seed)
     if not table.is_file():
         save_folds(_draw(settings, dataset, seed), table)
     return table, len(read_folds(table, dataset.table))

@@ -28,11 +28,14 @@ from s4mil_monai.experiments.plan import (
     load_folds,
     plan_experiment,
 )
-from s4mil_monai.experiments.results import write_results
-from s4mil_monai.experiments.settings import ExperimentError, read_experiment
+from s4mil_monai.experiments.results import _title_of_mean, collect_predictions, write_results
+from s4mil_monai.experiments.run_piece import run_piece
+from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, read_experiment
 from s4mil_monai.features.store import save_bag
+from s4mil_monai.statistics.predictions import pool_runs
 from s4mil_monai.training.predictions import tabulate_bags
 from tests.features.test_store import make_real_bag
+from tests.statistics.examples import simulate
 
 DATASETS = Path(__file__).resolve().parents[2] / "configs" / "datasets"
 EXPERIMENTS = DATASETS.parent / "experiments"
@@ -228,6 +231,23 @@ def test_bags_composed_anew_by_each_seed_are_bags_of_their_own_in_every_table(tm
     assert patches["tiny"] == "0.700 ± 0.141"  # .8 and .6
 
 
+def test_misspelled_setting_is_refused_and_not_left_without_effect(begun):
+    settings, folder = begun
+    misspelled = {"choose_bye": "val_loss", "train::trainner::max_epochs": 1, "validate#evaluater#amp": True}
+    known = {"choose_by": "val_loss", "train#trainer#max_epochs": 1, "network_def::model::width": 8}
+    known |= {"train::handlers::0::seed": 1}
+    plan = plan_experiment(settings, folder / "out")
+    wrong = settings.model_copy(update={"settings": misspelled | known})
+    with pytest.raises(ExperimentError) as refused:
+        run_piece(wrong, plan.pieces[0], "")
+    assert refused.value.reason == f"s4mil_slide has no setting {', '.join(misspelled)}; a misspelling?"
+
+
+@pytest.mark.parametrize(("seeds", "title"), [((0,), "a"), ((0, 1), "a, mean probability of 2 trainings")])
+def test_figures_of_several_trainings_say_that_they_are_of_their_mean(seeds, title):
+    assert _title_of_mean(pool_runs(simulate({"a": 1.0}, seeds=len(seeds)), "a")) == title
+
+
 def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
     make_tiles(tmp_path)
     models = [{"name": "slides"}, {"name": "both", "bundle": "s4mil_multitask"}]
@@ -300,6 +320,45 @@ def test_published_folds_of_other_labels_than_the_table_stop_the_experiment_in_o
     (complaint,) = finished.stderr.splitlines()
     assert "fold0.csv: has other labels than" in complaint
     assert complaint.endswith("for line 2 (e0: '1.0')")
+
+
+@pytest.fixture
+def begun(own) -> tuple[ExperimentSettings, Path]:
+    """An experiment on six slides of which everything is planned."""
+    (own / "published").mkdir()
+    (own / "published" / "fold0.csv").write_text(publish("ab", "cd", "ef"))
+    settings = read_experiment(own / "quick.yaml")
+    plan_experiment(settings, own / "out")
+    return settings, own
+
+
+def test_experiment_does_not_go_on_with_other_labels_or_another_data_set(begun):
+    settings, folder = begun
+    plan_experiment(settings, folder / "out")
+    table, dataset = folder / "labels.csv", folder / "own.yaml"
+    before = table.read_text()
+    table.write_text(before.replace("c0,0", "c0,1"))
+    with pytest.raises(ExperimentError, match=r"begun with another label, patient or site for line 4 \(c0\) of"):
+        plan_experiment(settings, folder / "out")
+    table.write_text(before)
+    dataset.write_text(dataset.read_text() + "weight_decay: 0.1\n")
+    with pytest.raises(ExperimentError, match=r"other settings \(dataset_settings\); choose another --out"):
+        plan_experiment(settings, folder / "out")
+
+
+def test_patients_with_odd_names_are_predicted_like_others(begun):
+    settings, folder = begun
+    table = folder / "labels.csv"
+    table.write_text(
+        "slide,label,patient\n" + "".join(f"{s},{s[1]},{p}\n" for s, p in zip(OWN_SLIDES, ODD, strict=True))
+    )
+    plan = plan_experiment(settings, folder / "elsewhere")
+    finish_without_training(plan)
+    assert sorted(collect_predictions(plan)["patient"].unique()) == ["NA", "nan"]
+
+
+ODD = ("001", "01", "1", "None", "NA", "nan")
+"""Patients; the last two are of the slides that are tested."""
 
 
 def test_camelyon16s_published_fold_is_what_an_experiment_trains_on(tmp_path, shared):
