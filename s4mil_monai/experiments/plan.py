@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
 
 from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, ModelSettings
 from s4mil_monai.training.datasets import Dataset, load_dataset, read_dataset
-from s4mil_monai.training.folds import Folds, make_folds, read_folds, save_folds
+from s4mil_monai.training.folds import Folds, make_folds, read_folds, read_folds_of_any_layout, save_folds
+from s4mil_monai.training.labels import SlideTable, name_rows
 from s4mil_monai.whole_file import write_whole
 
 FINISHED = "finished.json"
@@ -87,11 +90,21 @@ def load_folds(dataset: Dataset, folds_table: Path) -> Folds:
     return read_folds(folds_table, dataset.table)
 
 
+def find_test_over_train(plan: Plan) -> float | None:
+    """Slides tested over slides trained on, the mean over all folds; None where folds share their test slides."""
+    tables = {piece.seed: piece.folds_table for piece in plan.pieces}
+    folds = [load_folds(load_data(plan.settings.dataset, seed), table) for seed, table in tables.items()]
+    ratios = [ratio for of_seed in folds if (ratio := of_seed.test_over_train) is not None]
+    return fmean(ratios) if len(ratios) == len(folds) else None
+
+
 def _keep_settings(settings: ExperimentSettings, folder: Path) -> None:
     kept = folder / "experiment.json"
     now = json.loads(settings.model_dump_json())
+    now["dataset_settings"] = json.loads(read_dataset(settings.dataset).model_dump_json())
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
+        before.setdefault("dataset_settings", now["dataset_settings"])  # of a version that did not keep them
         changed = [key for key in now if before.get(key) != now[key] and key not in _MAY_CHANGE]
         added = [model for model in now["models"] if model not in before.get("models", [])]
         gone = [model["name"] for model in before.get("models", []) if model not in now["models"]]
@@ -110,10 +123,28 @@ _MAY_CHANGE = ("models", "metrics", "reference", "percentile_long")
 """Models may be added, and tables made anew; what was trained stays as it is."""
 
 
+def _keep_labels(table: SlideTable, folder: Path, seed: int) -> None:
+    """Refuse to go on with other labels or patients than before; folds know slides by name alone."""
+    kept = folder / f"slides_seed{seed}.csv"
+    now = table.rows[["slide", "label", "patient", "site"]].astype(str)
+    if not kept.is_file():
+        write_whole(kept, now.to_csv(index=False, lineterminator="\n"))
+        return
+    before = pd.read_csv(kept, dtype=str, keep_default_na=False).set_index("slide")
+    changed = ~(before.reindex(now["slide"]).to_numpy() == now.drop(columns="slide").to_numpy()).all(axis=1)
+    if changed.any():
+        raise ExperimentError(
+            str(folder),
+            f"was begun with another label, patient or site for {name_rows(table.rows[changed])} of {table.path}; "
+            "choose another --out",
+        )
+
+
 def _keep_folds(settings: ExperimentSettings, folder: Path, seed: int) -> tuple[Path, int]:
     """The table of folds of one seed, drawn if it is not there yet, and their number."""
     table = folder / f"folds_seed{seed}.csv"
     dataset = load_data(settings.dataset, seed)
+    _keep_labels(dataset.table, folder, seed)
     if not table.is_file():
         save_folds(_draw(settings, dataset, seed), table)
     return table, len(read_folds(table, dataset.table))
@@ -123,7 +154,7 @@ def _draw(settings: ExperimentSettings, dataset: Dataset, seed: int) -> Folds:
     if dataset.folds is not None:
         return dataset.folds
     if settings.folds_table is not None:
-        return read_folds(settings.folds_table, dataset.table)
+        return read_folds_of_any_layout(settings.folds_table, dataset.table)
     return make_folds(dataset.table, folds=settings.folds, seed=seed, kind=settings.fold_kind)
 
 
@@ -132,7 +163,8 @@ def write_json(path: Path, content: object) -> None:
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def find_lengths(dataset: Dataset) -> Iterator[tuple[str, int]]:
-    """Each slide of a data set with its number of patches."""
-    for bag in dataset.bags:
-        yield bag.slide, bag.length
+def find_lengths(settings: ExperimentSettings) -> dict[str, int]:
+    """Each slide of an experiment with its number of patches."""
+    composed_anew = read_dataset(settings.dataset).kind == "composed_colon"
+    seeds = settings.seeds if composed_anew else settings.seeds[:1]
+    return {bag.slide: bag.length for seed in seeds for bag in load_data(settings.dataset, seed).bags}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from s4mil_monai.experiments.plan import Piece, Plan, find_lengths, load_data
+from s4mil_monai.experiments.plan import Piece, Plan, find_lengths, find_test_over_train, load_data
 from s4mil_monai.statistics.comparisons import compare_with_reference
 from s4mil_monai.statistics.figures import (
     plot_confusion,
@@ -16,7 +17,7 @@ from s4mil_monai.statistics.figures import (
     plot_training_curves,
     save_figure,
 )
-from s4mil_monai.statistics.predictions import check_predictions, models_of, pool_runs
+from s4mil_monai.statistics.predictions import PooledRuns, check_predictions, models_of, pool_runs
 from s4mil_monai.statistics.tables import (
     Table,
     summarize,
@@ -42,7 +43,8 @@ def collect_predictions(plan: Plan) -> pd.DataFrame:
 
 
 def _read_piece(piece: Piece) -> pd.DataFrame:
-    frame = pd.read_csv(piece.folder / "predictions.csv", dtype={"slide": str, "patient": str})
+    # Names such as 007 or NA are text.
+    frame = pd.read_csv(piece.folder / "predictions.csv", dtype=str, keep_default_na=False)
     return frame.assign(model=piece.model.name, fold=piece.fold, seed=piece.seed)
 
 
@@ -85,14 +87,19 @@ def _write_tables(plan: Plan, frame: pd.DataFrame) -> list[Path]:
         "summary": table_of_summary(summary, title=f"{settings.name}: all metrics"),
         "models": table_of_models({name: frame}, SHOWN, title=f"{settings.name}: models"),
     }
-    if plan.settings.reference is not None and len(models_of(frame)) > 1:
-        tables["differences"] = table_of_differences(frame, plan.settings.reference, SHOWN, title=settings.name)
+    tests: pd.DataFrame | None = None
+    if settings.reference is not None and len(models_of(frame)) > 1:
+        ratio = find_test_over_train(plan)
+        tables["differences"] = table_of_differences(
+            frame, settings.reference, SHOWN, test_over_train=ratio, title=settings.name
+        )
+        tests = compare_with_reference(frame, settings.reference, test_over_train=ratio)
     patches = collect_patch_metrics(plan)
     if len(patches):
         tables["multitask"] = table_of_multitask(
             frame, patches, SHOWN, title=f"{settings.name}: slides and patches"
         )
-    lengths = {name: dict(find_lengths(dataset))}
+    lengths = {name: find_lengths(settings)}
     if set(frame["slide"]) <= lengths[name].keys():
         tables["long_slides"] = table_of_long_slides(
             {name: frame},
@@ -109,8 +116,8 @@ def _write_tables(plan: Plan, frame: pd.DataFrame) -> list[Path]:
         for suffix in (".md", ".csv", ".tex")
     ]
     summary.to_csv(folder / "summary_numbers.csv", index=False)
-    if plan.settings.reference is not None and len(models_of(frame)) > 1:
-        compare_with_reference(frame, plan.settings.reference).to_csv(folder / "tests.csv", index=False)
+    if tests is not None:
+        tests.to_csv(folder / "tests.csv", index=False)
     return written
 
 
@@ -123,16 +130,26 @@ def _write_figures(plan: Plan, frame: pd.DataFrame) -> list[Path]:
     for model in models_of(frame):
         pooled = pool_runs(frame, model)
         predicted = pooled.mean_probabilities.argmax(1)
+        title = _title_of_mean(pooled)
         written += save_figure(
-            plot_confusion(pooled.labels, predicted, dataset.table.classes, title=model),
+            plot_confusion(pooled.labels, predicted, dataset.table.classes, title=title),
             folder / f"confusion_{model}",
         )
-        reliability = plot_reliability(pooled.labels, pooled.mean_probabilities, title=model)
+        reliability = plot_reliability(pooled.labels, pooled.mean_probabilities, title=title)
         written += save_figure(reliability, folder / f"reliability_{model}")
         history = _history(plan, model)
         if history is not None:
             written += save_figure(plot_training_curves(history, title=model), folder / f"curves_{model}")
     return written
+
+
+def _title_of_mean(pooled: PooledRuns) -> str:
+    """A model's name, and that a figure of each slide's mean probability is not that of one training.
+
+    Tables hold the mean of the trainings' figures instead.
+    """
+    most = int((~np.isnan(pooled.probabilities).any(2)).sum(0).max())
+    return pooled.model if most == 1 else f"{pooled.model}, mean probability of {most} trainings"
 
 
 def _history(plan: Plan, model: str) -> pd.DataFrame | None:

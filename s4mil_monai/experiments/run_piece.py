@@ -29,6 +29,7 @@ def run_piece(settings: ExperimentSettings, piece: Piece, tracking_uri: str) -> 
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise ExperimentError(missing[0], f"is not there, but the model {piece.model.name} wants it")
+    _refuse_unknown_settings(settings, piece, files)
     try:
         workflow = ConfigWorkflow(
             config_file=[str(file) for file in files],
@@ -71,6 +72,35 @@ def _overrides(settings: ExperimentSettings, piece: Piece, tracking_uri: str) ->
         **settings.settings,
         **piece.model.settings,
     }
+
+
+def _refuse_unknown_settings(settings: ExperimentSettings, piece: Piece, files: list[Path]) -> None:
+    """Refuse a setting that nothing in the bundle's configuration reads, such as a misspelled one."""
+    from monai.bundle.config_parser import ConfigParser
+
+    config = ConfigParser.load_config_files([str(file) for file in files])
+    unknown = [key for key in {**settings.settings, **piece.model.settings} if not _has_place(config, key)]
+    if unknown:
+        raise ExperimentError(
+            str(piece.folder), f"{piece.model.bundle} has no setting {', '.join(unknown)}; a misspelling?"
+        )
+
+
+def _has_place(config: Any, key: str) -> bool:
+    """Whether ``train::trainer::max_epochs``, say, is there, or is an argument of what is made there."""
+    *parents, name = key.replace("#", "::").split("::")
+    for parent in parents:
+        config = _entry(config, parent)
+    return _entry(config, name) is not _ABSENT or (isinstance(config, dict) and "_target_" in config)
+
+
+_ABSENT = object()
+
+
+def _entry(config: Any, name: str) -> Any:
+    if isinstance(config, list) and name.isdigit() and int(name) < len(config):
+        return config[int(name)]
+    return config.get(name, _ABSENT) if isinstance(config, dict) else _ABSENT
 
 
 def load_split(dataset: str, folds_table: str, fold: int, seed: int) -> Split:

@@ -43,7 +43,8 @@ class ExperimentSettings(_Settings):
     folds: int = Field(10, ge=1)
     fold_kind: FoldKind = "stratified"
     folds_table: Path | None = None
-    """CSV of folds to use instead of drawing them; relative to the experiment's file."""
+    """Folds to use instead of drawing them, relative to the experiment's file: a CSV with ``slide``, ``fold`` and
+    ``part``, or the authors' six columns, ``train``, ``train_label``, ``val``, …, one CSV a fold in a folder."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     """Each draws folds anew and initialises anew."""
     settings: dict[str, Any] = {}

@@ -11,7 +11,14 @@ from scipy.stats import binomtest, chi2, false_discovery_control, norm
 from scipy.stats import t as student
 
 from s4mil_monai.errors import TableError
-from s4mil_monai.statistics.intervals import RESAMPLES, bootstrap, delong_covariance, place, statistic_of
+from s4mil_monai.statistics.intervals import (
+    RESAMPLES,
+    bootstrap,
+    delong_covariance,
+    place,
+    statistic_of,
+    why_no_delong,
+)
 from s4mil_monai.statistics.metrics import measure
 from s4mil_monai.statistics.predictions import (
     PooledRuns,
@@ -89,7 +96,8 @@ def corrected_t_test(values: np.ndarray, other_values: np.ndarray, *, test_over_
     Args:
         values: (J,) one a fold; folds with NaN in either are left out.
         other_values: (J,) in the same order.
-        test_over_train: Slides tested over slides trained on, of one fold; 1/(k - 1) for k folds.
+        test_over_train: Slides tested over slides trained on, of one fold. With k folds it is 1/(k - 1) only where
+            no slides are held back for validation.
     """
     return _t_test("corrected_t", values, other_values, test_over_train=test_over_train)
 
@@ -173,7 +181,8 @@ def compare_with_reference(
         frame: Checked predictions.
         reference: The model the others are compared with.
         metric: Of the bootstrap and the t-tests.
-        test_over_train: For the corrected t-test; taken as 1/(k - 1) in k-fold cross-validation, needed elsewhere.
+        test_over_train: For the corrected t-test, which is left out without it: predictions do not say how many
+            slides their models were trained on.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
         where: File or experiment, for the error.
@@ -188,7 +197,7 @@ def compare_with_reference(
         TableError: A model lacks slides or runs that the reference has, or has others.
     """
     other, folds = pool_runs(frame, reference), measure_folds(frame, [metric])
-    ratio = _ratio_of(rows_of(frame, reference)) if test_over_train is None else test_over_train
+    share_slides = not is_cross_validation(rows_of(frame, reference))
     rows = []
     for model in models_of(frame):
         if model == reference:
@@ -200,7 +209,7 @@ def compare_with_reference(
             _bootstrap_test(metric, pooled, other, resamples=resamples, seed=seed),
             _delong_test(pooled, other),
             paired_t_test(values, other_values),
-            _corrected_or_not(values, other_values, ratio),
+            _corrected_or_not(values, other_values, test_over_train, share_slides=share_slides),
             _mcnemar_of(pooled, other),
         )
         rows += [_row(model, reference, metric, result) for result in results]
@@ -259,17 +268,14 @@ def _t_test(test: str, values: np.ndarray, other_values: np.ndarray, *, test_ove
     return _two_sided(test, float(kept.mean()), variance, len(kept), freedom=len(kept) - 1)
 
 
-def _corrected_or_not(values: np.ndarray, other_values: np.ndarray, ratio: float | None) -> Comparison:
+def _corrected_or_not(
+    values: np.ndarray, other_values: np.ndarray, ratio: float | None, *, share_slides: bool
+) -> Comparison:
     if ratio is not None:
         return corrected_t_test(values, other_values, test_over_train=ratio)
     plain, nan = paired_t_test(values, other_values), float("nan")
-    note = "needs test_over_train: folds are not those of cross-validation"
-    return Comparison("corrected_t", plain.difference, nan, nan, nan, nan, plain.n, note)
-
-
-def _ratio_of(rows: pd.DataFrame) -> float | None:
-    folds = rows["fold"].nunique()
-    return 1 / (folds - 1) if is_cross_validation(rows) and folds > 1 else None
+    why = "folds share test slides" if share_slides else "slides tested over slides trained on is not given"
+    return Comparison("corrected_t", plain.difference, nan, nan, nan, nan, plain.n, f"no corrected_t: {why}")
 
 
 def _bootstrap_test(
@@ -288,20 +294,12 @@ def _bootstrap_test(
 
 
 def _delong_test(pooled: PooledRuns, other: PooledRuns) -> Comparison:
-    why = _why_no_delong(pooled)
+    why = why_no_delong(pooled)
     if why:
         nan = float("nan")
         return Comparison("delong", nan, nan, nan, nan, nan, len(pooled.slides), why)
     scores, other_scores = pooled.probabilities[:, :, 1], other.probabilities[:, :, 1]
     return compare_aurocs(pooled.labels, scores, other_scores, pooled.patients)
-
-
-def _why_no_delong(pooled: PooledRuns) -> str:
-    if not pooled.is_binary:
-        return "for two classes only"
-    if not pooled.is_complete:
-        return "runs are of different slides"
-    return "" if len(set(pooled.labels.tolist())) == 2 else "slides are of one class"
 
 
 def _mcnemar_of(pooled: PooledRuns, other: PooledRuns) -> Comparison:

@@ -62,7 +62,6 @@ def fit_calibration(
     patients: np.ndarray | None = None,
     method: Literal["temperature", "platt"] = "temperature",
     sensitivity: float = 0.95,
-    confidence: float | None = None,
     alpha: float = 0.05,
     provenance: str = "",
     where: str = "predictions",
@@ -83,21 +82,20 @@ def fit_calibration(
         patients: (n,) names; None where each slide is a patient.
         method: ``temperature``, or ``platt`` for two classes.
         sensitivity: Wanted at the threshold.
-        confidence: With which the sensitivity on new patients is at least that; None takes the share found here.
         alpha: Share of each class's slides that may be called the other class.
         provenance: Which predictions these are.
         where: File or experiment, for the error.
 
     Raises:
-        TableError: A class has too few patients for ``alpha`` or ``confidence``, or the model orders slides the
+        TableError: A class has too few patients for ``alpha``, or the model orders slides the
             wrong way round.
         ValueError: A share is not between 0 and 1, or shapes do not fit.
     """
     labels, logits = np.asarray(labels), np.asarray(logits, float)
     if logits.ndim != 2 or len(logits) != len(labels):
         raise ValueError(f"logits are (n, C) for n labels, got {logits.shape} for {len(labels)}")
-    for name, share in (("sensitivity", sensitivity), ("confidence", confidence), ("alpha", alpha)):
-        if share is not None and not 0 < share < 1:
+    for name, share in (("sensitivity", sensitivity), ("alpha", alpha)):
+        if not 0 < share < 1:
             raise ValueError(f"{name} is a share between 0 and 1, got {share}")
     classes = logits.shape[1]
     patients = np.arange(len(labels)) if patients is None else np.asarray(patients)
@@ -109,7 +107,7 @@ def fit_calibration(
     if classes == 2:
         # minus p_1 orders slides as p_0 does, and what is equal stays equal
         of_negatives, of_positives = worst_by_patient(labels, p[:, 1:] * [-1, 1], patients)
-        cut = _cut(of_positives, -of_negatives, alpha, sensitivity, confidence, where)
+        cut = _cut(of_positives, -of_negatives, alpha, sensitivity)
     return Calibration(
         class_floors=floors,
         alpha=alpha,
@@ -196,26 +194,21 @@ def conformal_floor(p_true: np.ndarray, alpha: float) -> float | None:
     return None if rank > n else float(np.sort(p_true)[n - rank])
 
 
-def choose_threshold(
-    p_positives: np.ndarray, p_negatives: np.ndarray, *, sensitivity: float, confidence: float | None = None
-) -> OperatingPoint | None:
-    """The highest threshold with a sensitivity.
+def choose_threshold(p_positives: np.ndarray, p_negatives: np.ndarray, *, sensitivity: float) -> OperatingPoint:
+    """The highest threshold with a sensitivity on these patients.
 
     Whatever the distribution, the sensitivity on new patients at the m-th smallest of n positive scores is
-    Beta(n - m + 1, m): its interval and ``confidence`` come from that, so that choosing the threshold on the same
+    Beta(n - m + 1, m): its interval comes from that, so that choosing the threshold on the same
     slides is paid for. The specificity's interval is Clopper and Pearson's, since negatives had no part in it.
 
     Args:
         p_positives: (n,) probabilities of class 1, of patients of class 1.
         p_negatives: (m,) of the others.
         sensitivity: Share of positives wanted at or above the threshold.
-        confidence: With which that holds for new patients; None asks it of the patients here.
-
-    Returns:
-        None where n is too small for ``confidence``.
     """
-    misses = _misses(len(p_positives), sensitivity, confidence)
-    return None if misses is None else operating_point(p_positives, p_negatives, misses=misses)
+    n = len(p_positives)
+    misses = min(n - 1, math.floor(n * (1 - sensitivity) + 1e-9))
+    return operating_point(p_positives, p_negatives, misses=misses)
 
 
 def operating_point(p_positives: np.ndarray, p_negatives: np.ndarray, *, misses: int) -> OperatingPoint:
@@ -270,16 +263,6 @@ def _fit_scaling(
     return Scaling(method=method, classes=classes, slope=slope, intercept=intercept)
 
 
-def _misses(n: int, sensitivity: float, confidence: float | None) -> int | None:
-    """How many of n positives may lie below the threshold."""
-    if confidence is None:
-        return min(n - 1, math.floor(n * (1 - sensitivity) + 1e-9))
-    misses = np.arange(n)
-    # P(Beta(n - misses, misses + 1) >= sensitivity) falls as more are missed.
-    sure = int((beta.sf(sensitivity, n - misses, misses + 1) >= confidence).sum())
-    return sure - 1 if sure else None
-
-
 def _floor_or_refuse(p_true: np.ndarray, label: int, alpha: float, where: str) -> float:
     floor = conformal_floor(p_true, alpha)
     if floor is None:
@@ -295,8 +278,6 @@ def _cut(
     p_negatives: np.ndarray,
     alpha: float,
     sensitivity: float,
-    confidence: float | None,
-    where: str,
 ) -> dict[str, Any]:
     """Threshold and refer band of two classes, from probabilities of class 1.
 
@@ -304,10 +285,7 @@ def _cut(
     referred; where they leave a gap, any cut in it keeps the promise to both classes, and a threshold above the
     gap is lowered to it, which finds more positives. One below it stays, and what lies between is referred.
     """
-    point = choose_threshold(p_positives, p_negatives, sensitivity=sensitivity, confidence=confidence)
-    if point is None:
-        wanted = f"sensitivity {sensitivity:g} with confidence {confidence:g}"
-        raise TableError(where, f"{wanted} cannot be shown with {len(p_positives)} positive patients")
+    point = choose_threshold(p_positives, p_negatives, sensitivity=sensitivity)
     positive_from = conformal_floor(p_positives, alpha) or 0.0
     negative_to = -(conformal_floor(-p_negatives, alpha) or 0.0)
     if negative_to < positive_from < point.threshold:

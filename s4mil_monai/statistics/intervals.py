@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.special import expit, logit
@@ -51,7 +50,6 @@ def bootstrap_metric(
     *,
     resamples: int = RESAMPLES,
     level: float = 0.95,
-    method: Literal["percentile", "bca"] = "percentile",
     seed: int = 0,
 ) -> Interval:
     """Measure pooled predictions, with a bootstrap interval over patients.
@@ -69,7 +67,6 @@ def bootstrap_metric(
         patients=pooled.patients,
         resamples=resamples,
         level=level,
-        method=method,
         seed=seed,
     )
 
@@ -81,10 +78,9 @@ def bootstrap(
     patients: np.ndarray,
     resamples: int = RESAMPLES,
     level: float = 0.95,
-    method: Literal["percentile", "bca"] = "percentile",
     seed: int = 0,
 ) -> Interval:
-    """Interval of a figure, by drawing patients with replacement.
+    """Percentile interval of a figure, by drawing patients with replacement.
 
     Args:
         statistic: Weights (R, n) → (R,).
@@ -92,7 +88,6 @@ def bootstrap(
         patients: (n,); all slides of a patient are drawn together.
         resamples: How many.
         level: Of the interval.
-        method: ``percentile``, or ``bca``, corrected for bias and skewness (Efron, 1987, for several samples).
         seed: Of the draws.
 
     Returns:
@@ -100,7 +95,7 @@ def bootstrap(
         resample gives the same value, as at an AUROC of 1: the bootstrap cannot say how far below 1 it may be.
     """
     value = float(statistic(np.ones((1, len(labels))))[0])
-    name = f"{method} bootstrap over patients, {resamples} resamples"
+    name = f"percentile bootstrap over patients, {resamples} resamples"
     if np.isnan(value):
         return Interval(value, value, value, level, name, "the figure is not defined")
     values = bootstrap_values(statistic, labels=labels, patients=patients, resamples=resamples, seed=seed)
@@ -108,10 +103,7 @@ def bootstrap(
     if not values.size or np.ptp(values) < 1e-12:
         nan = float("nan")
         return Interval(value, nan, nan, level, name, "every resample gives the same value")
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    if method == "bca":
-        tails = _corrected_tails(statistic, value, values, tails, labels=labels, patients=patients)
-    low, high = np.quantile(values, tails)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), level, name)
 
 
@@ -151,43 +143,42 @@ def draw_resamples(
         yield counts[:, member]
 
 
-def delong_interval(
-    labels: np.ndarray,
-    scores: np.ndarray,
-    patients: np.ndarray | None = None,
-    *,
-    level: float = 0.95,
-    on_logit: bool = True,
-) -> Interval:
-    """AUROC of two classes with DeLong's interval.
+def delong_interval(pooled: PooledRuns, *, level: float = 0.95) -> Interval:
+    """AUROC of two classes with DeLong's interval over patients.
+
+    It is taken on the log odds of the AUROC, which keeps it in (0, 1) and is closer to its level near 1 (Pepe,
+    2003, p. 107). Of several runs it is that of their mean AUROC.
 
     Args:
-        labels: (n,) of 0 and 1.
-        scores: (n,), or (R, n) of several trainings, whose mean AUROC it is.
-        patients: (n,) names where patients have several slides; None where slides are independent.
+        pooled: What one model said.
         level: Of the interval.
-        on_logit: Take the interval on the log odds of the AUROC, which keeps it in (0, 1) and is closer to its
-            level near 1 (Pepe, 2003, p. 107).
 
     Returns:
-        The AUROC with its interval; without one, and with the reason, where the variance is 0 or not known.
-
-    Raises:
-        ValueError: A class has no slides.
+        The AUROC with its interval; without one, and with the reason, where the variance is 0 or not known, and
+        without either where DeLong's method does not apply.
     """
-    auroc, covariance = delong_covariance(labels, place(labels, scores).mean(0, keepdims=True), patients)
+    name, nan = "DeLong over patients, log odds", float("nan")
+    why = why_no_delong(pooled)
+    if why:
+        return Interval(nan, nan, nan, level, name, why)
+    placed = place(pooled.labels, pooled.probabilities[:, :, 1]).mean(0, keepdims=True)
+    auroc, covariance = delong_covariance(pooled.labels, placed, pooled.patients)
     value, deviation = float(auroc[0]), float(np.sqrt(covariance[0, 0]))
-    name = "DeLong" + (" over patients" if patients is not None else "") + (", log odds" if on_logit else "")
     if not deviation > 0:
-        nan, reason = float("nan"), "one patient of a class" if np.isnan(deviation) else "the variance is 0"
+        reason = "one patient of a class" if np.isnan(deviation) else "the variance is 0"
         return Interval(value, nan, nan, level, name, reason)
-    z = norm.ppf((1 + level) / 2)
-    if on_logit:
-        half = z * deviation / (value * (1 - value))
-        low, high = expit(logit(value) - half), expit(logit(value) + half)
-    else:
-        low, high = max(0.0, value - z * deviation), min(1.0, value + z * deviation)
+    half = norm.ppf((1 + level) / 2) * deviation / (value * (1 - value))
+    low, high = expit(logit(value) - half), expit(logit(value) + half)
     return Interval(value, float(low), float(high), level, name)
+
+
+def why_no_delong(pooled: PooledRuns) -> str:
+    """Why DeLong's method does not apply to pooled predictions; empty where it does."""
+    if not pooled.is_binary:
+        return "for two classes only"
+    if not pooled.is_complete:
+        return "runs are of different slides"
+    return "" if len(set(pooled.labels.tolist())) == 2 else "slides are of one class"
 
 
 def place(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -262,32 +253,6 @@ def _patient_kinds(labels: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray
 def _counts(generator: np.random.Generator, rows: int, patients: int) -> np.ndarray:
     drawn = generator.integers(patients, size=(rows, patients)) + patients * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * patients).reshape(rows, patients)
-
-
-def _corrected_tails(
-    statistic: Statistic,
-    value: float,
-    values: np.ndarray,
-    tails: np.ndarray,
-    *,
-    labels: np.ndarray,
-    patients: np.ndarray,
-) -> np.ndarray:
-    """Quantiles to take for BCa; the acceleration is that of several samples, one a kind of patients."""
-    bias = norm.ppf(np.clip(((values < value).mean() + (values <= value).mean()) / 2, 1e-9, 1 - 1e-9))
-    member, kinds = _patient_kinds(labels, patients)
-    cubes = squares = 0.0
-    for kind in range(kinds.max() + 1):
-        of_kind = np.flatnonzero(kinds == kind)
-        if len(of_kind) == 1:
-            continue
-        without = statistic((member[None, :] != of_kind[:, None]).astype(float))
-        pull = (len(of_kind) - 1) * (without.mean() - without)
-        cubes += float((pull**3).sum()) / len(of_kind) ** 3
-        squares += float((pull**2).sum()) / len(of_kind) ** 2
-    acceleration = cubes / (6 * squares**1.5) if squares > 0 else 0.0
-    shifted = bias + norm.ppf(tails)
-    return norm.cdf(bias + shifted / (1 - acceleration * shifted))
 
 
 def _patient_sums(residuals: np.ndarray, of_class: np.ndarray, member: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -18,8 +17,6 @@ Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(labels (n,), probabilities (n, C), weights (R, n)) → values (R,), NaN where a resample lacks a class."""
 
 CALIBRATION_BINS = 10
-
-Binning = Literal["equal_width", "equal_count"]
 
 
 @dataclass(frozen=True)
@@ -120,14 +117,7 @@ def brier(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) ->
     return weights @ (squared / 2 if probabilities.shape[1] == 2 else squared) / weights.sum(1)
 
 
-def calibration_error(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    weights: np.ndarray,
-    *,
-    bins: int = CALIBRATION_BINS,
-    binning: Binning = "equal_width",
-) -> np.ndarray:
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Expected calibration error: the mean over slides of how far their bin is from what happens in it.
 
     With two classes it compares the probability of class 1 with how often class 1 is true; with more, the highest
@@ -137,12 +127,9 @@ def calibration_error(
         labels: (n,) class numbers.
         probabilities: (n, C).
         weights: (R, n).
-        bins: How many.
-        binning: ``equal_width`` on [0, 1], open on the left except for the first; ``equal_count`` cuts at the
-            quantiles of the probabilities.
     """
     confidence, happened = confidences(labels, probabilities)
-    members = np.eye(bins)[assign_bins(confidence, bins=bins, binning=binning)]
+    members = np.eye(CALIBRATION_BINS)[assign_bins(confidence, bins=CALIBRATION_BINS)]
     gaps = (weights * (happened - confidence)) @ members
     return np.abs(gaps).sum(1) / weights.sum(1)
 
@@ -154,11 +141,9 @@ def confidences(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarr
     return probabilities.max(1), probabilities.argmax(1) == labels
 
 
-def assign_bins(confidence: np.ndarray, *, bins: int, binning: Binning = "equal_width") -> np.ndarray:
-    """(n,) bin numbers of probabilities (n,)."""
-    inner = np.linspace(0, 1, bins + 1)[1:-1]
-    edges = inner if binning == "equal_width" else np.quantile(confidence, inner)
-    return np.searchsorted(edges, confidence, side="left")
+def assign_bins(confidence: np.ndarray, *, bins: int) -> np.ndarray:
+    """(n,) bin numbers of probabilities (n,): equally wide on [0, 1], open on the left except for the first."""
+    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
 
 
 def at_thresholds(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,17 +166,13 @@ def at_thresholds(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray)
     )
 
 
-def _calibration_error(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return calibration_error(labels, probabilities, weights)
-
-
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "balanced_accuracy": balanced_accuracy,
     "auroc": auroc,
     "auprc": auprc,
     "f1": f1,
-    "calibration_error": _calibration_error,
+    "calibration_error": calibration_error,
     "brier": brier,
 }
 

@@ -17,9 +17,9 @@ import pandas as pd
 
 from s4mil_monai.errors import OutputError, TableError, UnknownNameError
 from s4mil_monai.statistics.comparisons import TESTS_WITH_P_VALUE, compare_with_reference, measure_folds
-from s4mil_monai.statistics.intervals import RESAMPLES, Interval, bootstrap_metric
+from s4mil_monai.statistics.intervals import RESAMPLES, Interval, bootstrap_metric, delong_interval
 from s4mil_monai.statistics.metrics import LOWER_IS_BETTER
-from s4mil_monai.statistics.predictions import models_of, pool_runs
+from s4mil_monai.statistics.predictions import has_same_folds, models_of, pool_runs, rows_of
 
 TITLES = {
     "accuracy": "Accuracy",
@@ -63,11 +63,13 @@ def summarize(
 
     Returns:
         ``model``, ``metric``, ``fold_mean``, ``fold_sd`` (of the sample, n - 1), ``folds`` (that have a value),
-        ``pooled``, ``low``, ``high``, ``slides``, ``patients``, ``note``.
+        ``pooled``, ``low``, ``high``, ``delong_low``, ``delong_high`` (of the AUROC of two classes, else NaN),
+        ``slides``, ``patients``, ``note``.
     """
     folds, rows = measure_folds(frame, metrics), []
     for model in models_of(frame):
         pooled = pool_runs(frame, model)
+        delong = delong_interval(pooled, level=level)
         for metric in metrics:
             found = folds[(folds["model"] == model) & (folds["metric"] == metric)]
             interval = bootstrap_metric(metric, pooled, resamples=resamples, level=level, seed=seed)
@@ -79,6 +81,8 @@ def summarize(
                     "pooled": interval.value,
                     "low": interval.low,
                     "high": interval.high,
+                    "delong_low": delong.low if metric == "auroc" else float("nan"),
+                    "delong_high": delong.high if metric == "auroc" else float("nan"),
                     "slides": len(pooled.slides),
                     "patients": len(set(pooled.patients.tolist())),
                     "note": _note(found, interval),
@@ -192,7 +196,11 @@ def table_of_multitask(
     strangers = sorted(set(patch_values["model"]) - set(models_of(frame)))
     if strangers:
         raise TableError("patch values", f"are of {', '.join(strangers)}, which the predictions do not have")
-    by_fold = patch_values.groupby(["model", "fold", "metric"], sort=False, as_index=False)["value"].mean()
+    # as measure_folds does with slides: seeds are averaged where they hold back the same ones
+    averaged = all(has_same_folds(rows_of(frame, model)) for model in models_of(frame))
+    own_folds = ["seed"] if "seed" in patch_values.columns and not averaged else []
+    keys = ["model", *own_folds, "fold", "metric"]
+    by_fold = patch_values.groupby(keys, sort=False, as_index=False)["value"].mean()
     slides, columns = measure_folds(frame, metrics), {}
     for heading, values in (("Slides", slides), ("Patches", by_fold)):
         for metric in dict.fromkeys(values["metric"]):

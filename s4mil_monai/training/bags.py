@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from s4mil_monai.errors import TableError
-from s4mil_monai.features.store import FeatureBag, FeatureOrigin, count_patches, load_bag
-from s4mil_monai.training.labels import SlideTable, list_names, name_rows, read_slide_table, without_ending
+from s4mil_monai.features.store import FeatureBag, count_patches, load_bag
+from s4mil_monai.training.labels import SlideTable, name_rows, read_slide_table, without_ending
+from s4mil_monai.training.origins import check_origins
 
 LabelPatches = Callable[[NDArray[np.int64], float], NDArray[np.int64] | None]
 """(n, 2) corners in level-0 pixels and a patch's side in them → (n,) classes, or None where they are unknown."""
@@ -195,7 +195,13 @@ def as_item(bag: Bag) -> dict[str, Any]:
     return item
 
 
-def load_feature_bags(folder: str | Path, table: str | Path, *, encoder: str | None = None) -> list[LabelledBag]:
+def load_feature_bags(
+    folder: str | Path,
+    table: str | Path,
+    *,
+    encoder: str | None = None,
+    patches: Mapping[str, Any] | None = None,
+) -> list[LabelledBag]:
     """Load ``<slide>.h5`` for each row of a table of labels.
 
     Args:
@@ -203,28 +209,22 @@ def load_feature_bags(folder: str | Path, table: str | Path, *, encoder: str | N
         table: CSV with the columns ``slide`` (file name without ending) and ``label`` (0, 1, …), and ``patient``
             if patients have several slides.
         encoder: Refuse features of another one.
+        patches: Refuse features of other patches than a model's; see
+            :func:`~s4mil_monai.training.origins.check_origins`.
 
     Raises:
-        TableError: The table is wrong, see :func:`read_slide_table`, or names a slide without features.
+        TableError: The table is wrong, see :func:`read_slide_table`, names a slide without features, or features
+            that do not go together.
         FeatureFileError: A feature file is damaged.
     """
     slides = read_slide_table(table)
     paths = find_feature_files(slides, folder)
     loaded = [load_bag(path) for path in paths]
-    check_origins(slides, [bag.origin for bag in loaded], encoder=encoder)
+    check_origins(slides, [bag.origin for bag in loaded], encoder=encoder, patches=patches)
     return [
         LabelledBag(row.slide, bag.features, row.label, row.patient, site=row.site, top_left_px0=bag.top_left_px0)
         for row, bag in zip(slides.entries(), loaded, strict=True)
     ]
-
-
-def read_label_table(table: str | Path) -> pd.DataFrame:
-    """The columns ``slide``, ``label`` and ``patient`` of a table whose labels are class numbers.
-
-    Raises:
-        TableError: The table is wrong, see :func:`read_slide_table`.
-    """
-    return read_slide_table(table).rows[["slide", "label", "patient"]]
 
 
 def find_feature_files(table: SlideTable, folder: str | Path) -> list[Path]:
@@ -254,19 +254,3 @@ def find_slide_files(slides: Sequence[str], folder: str | Path, endings: Sequenc
         there += [folded[name.casefold()] for name in wanted if name.casefold() in folded]
         found.append(folder / there[0] if there else None)
     return found
-
-
-def check_origins(table: SlideTable, origins: Sequence[FeatureOrigin], *, encoder: str | None = None) -> None:
-    """Refuse features of different encoders, resolutions or scan orders in one training.
-
-    Raises:
-        TableError: They differ, or are of another encoder than wanted.
-    """
-    for what in ("encoder", "encoder_sha256", "patch_side_px", "scan_order"):
-        found = {getattr(origin, what) for origin in origins}
-        if len(found) > 1:
-            raise TableError(
-                table.path, f"its slides were embedded with different {what}: {list_names(sorted(found))}"
-            )
-    if encoder is not None and origins[0].encoder != encoder:
-        raise TableError(table.path, f"features are of {origins[0].encoder}, wanted {encoder}")

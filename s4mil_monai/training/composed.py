@@ -163,6 +163,8 @@ def compose_split(
 ) -> Split:
     """Split tiles 50 : 20 : 30, then compose bags of each part, half of them positive.
 
+    Bags are named after their part and the seed: those of two seeds are different bags.
+
     Args:
         tiles: File of tile features.
         train: Bags to train on.
@@ -181,7 +183,7 @@ def compose_split(
         parts = standardize_tiles(parts)
     counts = {"train": train, "validation": validation, "test": test}
     bags = [
-        compose_bags(part, recipe or BagRecipe(), count=count, seed=seed + 1000 * i, name=name)
+        compose_bags(part, recipe or BagRecipe(), count=count, seed=seed + 1000 * i, name=f"{name}_seed{seed}")
         for i, (part, (name, count)) in enumerate(zip(parts, counts.items(), strict=True), start=1)
     ]
     return Split(*bags)

@@ -14,13 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from s4mil_monai.errors import PathError, TableError, first_wrong
 from s4mil_monai.features.store import read_origin
 from s4mil_monai.training.annotations import EXCLUSION_GROUPS, POSITIVE_GROUPS, SUFFIXES, PatchLabelRule
-from s4mil_monai.training.bags import (
-    Bag,
-    StoredBag,
-    check_origins,
-    find_feature_files,
-    find_slide_files,
-)
+from s4mil_monai.training.bags import Bag, StoredBag, find_feature_files, find_slide_files
 from s4mil_monai.training.composed import Apart, BagRecipe, compose_split
 from s4mil_monai.training.folds import Fold, Folds
 from s4mil_monai.training.labels import (
@@ -35,6 +29,7 @@ from s4mil_monai.training.labels import (
     read_tcga_subtypes,
     with_test_slides,
 )
+from s4mil_monai.training.origins import check_origins
 from s4mil_monai.training.splits import Split
 from s4mil_monai.training.ucsb import TABLE as UCSB_TABLE
 from s4mil_monai.training.ucsb import find_ucsb_breast, load_ucsb_breast

@@ -13,6 +13,7 @@ from monai.transforms.transform import MapTransform
 
 from s4mil_monai.errors import FeatureFileError
 from s4mil_monai.features.store import load_bag
+from s4mil_monai.training.origins import has_patch_mpp
 
 
 def find_feature_items(folder: str | Path) -> list[dict[str, str]]:
@@ -64,11 +65,13 @@ class LoadFeaturesd(MapTransform):
             "encoder": (origin.encoder, self.encoder.get("name")),
             "weights of the encoder": (origin.encoder_sha256, self.encoder.get("sha256")),
             "number of features": (bag.features.shape[1], self.encoder.get("width")),
-            "µm/px of the patches": (origin.patch_mpp, self.patches.get("mpp")),
             "side of the patches": (origin.patch_side_px, self.patches.get("side_px")),
             "overlap of the patches": (origin.overlap_px, self.patches.get("overlap_px")),
             "scan order": (origin.scan_order, self.patches.get("scan_order")),
         }
+        mpp = self.patches.get("mpp")
+        if mpp is not None and not has_patch_mpp(origin, mpp):
+            has["µm/px of the patches"] = (origin.patch_mpp, mpp)
         for what, (found, wanted) in has.items():
             if wanted is not None and found != wanted:
                 raise FeatureFileError(str(path), f"{what}: {found}; the model was trained with {wanted}")

@@ -60,6 +60,21 @@ class Folds:
     def __len__(self) -> int:
         return len(self.folds)
 
+    @property
+    def test_over_train(self) -> float | None:
+        """Slides reported on over slides trained on, the mean over folds; for the corrected t-test.
+
+        A fold without a test part reports on its validation part. None where a slide is reported on by two folds,
+        as on one official test set: what folds have in common is then not their training slides alone.
+        """
+        reported = [fold.test or fold.validation for fold in self.folds]
+        slides = [slide for part in reported for slide in part]
+        if len(set(slides)) < len(slides):
+            return None
+        return float(
+            np.mean([len(part) / len(fold.train) for part, fold in zip(reported, self.folds, strict=True)])
+        )
+
     def split(self, fold: int, bags: Iterable[Bag], *, standardize: bool = False) -> Split:
         """The bags of one fold.
 
@@ -328,6 +343,16 @@ def read_folds(path: str | Path, table: SlideTable) -> Folds:
     if len(odd):
         raise TableError(str(path), f"folds are numbers 0, 1, …; they are not in {name_rows(odd)}")
     return _collect(str(path), table, cells.assign(fold=cells["fold"].astype(int)))
+
+
+def read_folds_of_any_layout(path: str | Path, table: SlideTable) -> Folds:
+    """Read folds as :func:`save_folds` writes them, or in the authors' layout: a folder, or a ``train`` column.
+
+    Raises:
+        TableError: As :func:`read_folds` and :func:`import_published_folds` say.
+    """
+    published = Path(path).is_dir() or "train" in read_cells(path)
+    return import_published_folds(path, table) if published else read_folds(path, table)
 
 
 def import_published_folds(path: str | Path, table: SlideTable) -> Folds:

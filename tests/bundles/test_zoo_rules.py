@@ -17,7 +17,7 @@ import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.scripts import ckpt_export, verify_metadata, verify_net_in_out
 
-from s4mil_monai.features.store import save_bag
+from s4mil_monai.features.store import load_bag, save_bag
 from s4mil_monai.models.bundle import load_bundle
 from s4mil_monai.streaming.export import export_step
 from tests.features.test_store import make_bag
@@ -195,6 +195,26 @@ def test_evaluation_writes_predictions_and_metrics_of_labelled_features(name, fe
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["accuracy"] == pytest.approx(((rows["p_1"] > rows["p_0"]) == rows["label"]).mean())
     assert 0 <= metrics["auroc"] <= 1
+
+
+@pytest.mark.parametrize("name", SLIDE_MODELS)
+def test_evaluation_refuses_features_of_another_resolution_than_the_models(name, features, tmp_path):
+    for file in features.glob("*.h5"):
+        bag = load_bag(file)
+        save_bag(tmp_path / file.name, replace(bag, origin=replace(bag.origin, patch_mpp=2.0)))
+    shutil.copy(features / "labels.csv", tmp_path)
+    evaluation = workflow(name, "evaluate", dataset_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+    evaluation.initialize()
+    with pytest.raises(RuntimeError) as refused:
+        evaluation.run()
+    wanted = "trained with patch_mpp 0.5, and features have 2 for line 2 (s0), line 3 (s1)"
+    assert wanted in _first_cause(refused.value)
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error)
 
 
 def test_inference_is_a_command_and_agrees_with_evaluation(features, tmp_path):

@@ -8,15 +8,34 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
+from sklearn.metrics import roc_auc_score
 
-from s4mil_monai.experiments.plan import FINISHED, plan_experiment
-from s4mil_monai.experiments.settings import ExperimentError, read_experiment
+from s4mil_monai.experiments.plan import (
+    FINISHED,
+    Piece,
+    Plan,
+    find_test_over_train,
+    load_data,
+    load_folds,
+    plan_experiment,
+)
+from s4mil_monai.experiments.results import _title_of_mean, collect_predictions, write_results
+from s4mil_monai.experiments.run_piece import run_piece
+from s4mil_monai.experiments.settings import ExperimentError, ExperimentSettings, read_experiment
+from s4mil_monai.features.store import save_bag
+from s4mil_monai.statistics.predictions import pool_runs
+from s4mil_monai.training.predictions import tabulate_bags
+from tests.features.test_store import make_real_bag
+from tests.statistics.examples import simulate
 
 DATASETS = Path(__file__).resolve().parents[2] / "configs" / "datasets"
 EXPERIMENTS = DATASETS.parent / "experiments"
@@ -106,6 +125,26 @@ def test_tables_and_figures_are_written(stopped_and_resumed):
     assert "| tiny_n8 |" in said
 
 
+def test_corrected_t_test_goes_by_the_slides_that_were_trained_on(stopped_and_resumed):
+    folder = stopped_and_resumed[0]
+    parts = pd.read_csv(folder / "folds_seed0.csv").groupby(["fold", "part"]).size().unstack()
+    ratio = (parts["test"] / parts["train"]).mean()
+    assert ratio > 0.75  # a third tests, a third validates, a third trains; 1/2 without those that validate
+    frame = pd.read_csv(folder / "predictions.csv")
+    values = [
+        [roc_auc_score(rows["label"], rows["p_1"]) for _, rows in frame[frame["model"] == model].groupby("fold")]
+        for model in ("tiny_n8", "tiny")
+    ]
+    differences = np.subtract(*values)
+    statistic = differences.mean() / np.sqrt(differences.var(ddof=1) * (1 / 3 + ratio))
+    tests = pd.read_csv(folder / "tables" / "tests.csv").set_index("test")
+    assert tests.loc["corrected_t", "statistic"] == pytest.approx(statistic)
+    p_value = 2 * scipy.stats.t(2).sf(abs(statistic))
+    assert tests.loc["corrected_t", "p"] == pytest.approx(p_value)
+    shown = pd.read_csv(folder / "tables" / "differences.csv", index_col=0, dtype=str)
+    assert shown.loc["tiny_n8", "p"] == f"{p_value:.3f}"
+
+
 def test_one_mlflow_run_has_all_trainings_as_children(stopped_and_resumed):
     folder = stopped_and_resumed[0]
     parent = json.loads((folder / "mlflow_run.json").read_text())["run_id"]
@@ -149,13 +188,68 @@ def test_a_training_that_fails_is_named_and_the_others_are_run(tmp_path):
     assert "| tiny |" in finished.stdout
 
 
-def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
+def make_tiles(folder: Path) -> None:
+    """Tiles, and a data set of 6, 6 and 6 bags composed of them."""
     labels = np.repeat(("AC", "H", "S", "T", "V"), 20)
     features = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
-    np.savez(tmp_path / "tiles.npz", features=features, labels=labels)
+    np.savez(folder / "tiles.npz", features=features, labels=labels)
     dataset = {"name": "bags", "kind": "composed_colon", "bags": [6, 6, 6]}
-    dataset |= {"feature_folder": str(tmp_path / "tiles.npz")}
-    (tmp_path / "bags.yaml").write_text(yaml.safe_dump(dataset))
+    dataset |= {"feature_folder": str(folder / "tiles.npz")}
+    (folder / "bags.yaml").write_text(yaml.safe_dump(dataset))
+
+
+def finish_without_training(plan: Plan, **metrics: Callable[[Piece], float]) -> None:
+    """Leave in each training's folder what a model leaves that knows the classes but for some noise."""
+    generator = np.random.default_rng(0)
+    for piece in plan.pieces:
+        data = load_data(plan.settings.dataset, piece.seed)
+        test = data.split(load_folds(data, piece.folds_table), piece.fold).test
+        p = np.clip([0.25 + 0.5 * bag.label + generator.normal(0, 0.1) for bag in test], 0, 1)
+        piece.folder.mkdir(parents=True)
+        rows = tabulate_bags(np.stack([1 - p, p], 1), test, model=piece.model.name, fold=piece.fold)
+        rows.to_csv(piece.folder / "predictions.csv", index=False)
+        found = {name: value(piece) for name, value in metrics.items()}
+        (piece.folder / "metrics.json").write_text(json.dumps(found))
+        piece.finish(1.0)
+
+
+def test_bags_composed_anew_by_each_seed_are_bags_of_their_own_in_every_table(tmp_path):
+    make_tiles(tmp_path)
+    changes = {"dataset": "bags.yaml", "seeds": [0, 1], "metrics": ["auroc"]}
+    plan = plan_experiment(read_experiment(write_experiment(tmp_path, **changes)), tmp_path / "out")
+    finish_without_training(plan, patch_auroc=lambda piece: 0.8 - 0.2 * piece.seed)
+    write_results(plan)
+    tables = tmp_path / "out" / "tables"
+    tests = pd.read_csv(tables / "tests.csv").set_index("test")
+    assert tests.loc["bootstrap", "n"] == 12  # not 6, of which each would be two bags
+    splits = [load_data(plan.settings.dataset, seed) for seed in (0, 1)]
+    lengths = [bag.length for data in splits for bag in data.bags if bag.slide in data.table.test_slides]
+    longest = [length for length in lengths if length >= np.percentile(lengths, 85)]
+    said = f"bags: {len(longest)} of 12 slides, from {min(longest):,} patches on."
+    assert said in (tables / "long_slides.md").read_text()
+    patches = pd.read_csv(tables / "multitask.csv", index_col=0, dtype=str)["Patches AUROC"]
+    assert patches["tiny"] == "0.700 ± 0.141"  # .8 and .6
+
+
+def test_misspelled_setting_is_refused_and_not_left_without_effect(begun):
+    settings, folder = begun
+    misspelled = {"choose_bye": "val_loss", "train::trainner::max_epochs": 1, "validate#evaluater#amp": True}
+    known = {"choose_by": "val_loss", "train#trainer#max_epochs": 1, "network_def::model::width": 8}
+    known |= {"train::handlers::0::seed": 1}
+    plan = plan_experiment(settings, folder / "out")
+    wrong = settings.model_copy(update={"settings": misspelled | known})
+    with pytest.raises(ExperimentError) as refused:
+        run_piece(wrong, plan.pieces[0], "")
+    assert refused.value.reason == f"s4mil_slide has no setting {', '.join(misspelled)}; a misspelling?"
+
+
+@pytest.mark.parametrize(("seeds", "title"), [((0,), "a"), ((0, 1), "a, mean probability of 2 trainings")])
+def test_figures_of_several_trainings_say_that_they_are_of_their_mean(seeds, title):
+    assert _title_of_mean(pool_runs(simulate({"a": 1.0}, seeds=len(seeds)), "a")) == title
+
+
+def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
+    make_tiles(tmp_path)
     models = [{"name": "slides"}, {"name": "both", "bundle": "s4mil_multitask"}]
     changes = {"dataset": "bags.yaml", "folds": 1, "reference": None, "models": models, "metrics": ["accuracy"]}
     finished = subprocess.run(
@@ -170,6 +264,119 @@ def test_table_4_has_slides_and_patches_where_a_model_scores_patches(tmp_path):
     ]  # fmt: skip
     assert table.loc["both", "Patches AUROC"] == f"{measured['patch_auroc']:.3f}"
     assert (table.loc["slides"].iloc[2:] == "–").all()
+
+
+OWN_SLIDES = ("a0", "b1", "c0", "d1", "e0", "f1")
+"""Named with their class."""
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A folder with a data set of six slides, and an experiment on it that takes its folds from ``published``."""
+    store_features(tmp_path / "features", OWN_SLIDES)
+    rows = "".join(f"{slide},{slide[1]}\n" for slide in OWN_SLIDES)
+    (tmp_path / "labels.csv").write_text("slide,label\n" + rows)
+    dataset = {"name": "own", "data_folder": str(tmp_path), "label_table": "labels.csv"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(dataset | {"feature_folder": "features"}))
+    write_experiment(tmp_path, dataset="own.yaml", folds_table="published")
+    return tmp_path
+
+
+def store_features(folder: Path, slides: Iterable[str]) -> None:
+    save_bag(folder / "first.h5", make_real_bag(2))
+    for slide in slides:
+        (folder / f"{slide}.h5").symlink_to(folder / "first.h5")
+
+
+def publish(train: str, val: str, test: str) -> str:
+    """A fold of slides named by a letter, in the authors' layout."""
+    named = {slide[0]: slide for slide in OWN_SLIDES}
+    lines = [",train,train_label,val,val_label,test,test_label"]
+    for i, row in enumerate(zip_longest(train, val, test)):
+        cells = [f"{named[letter]},{named[letter][1]}.0" if letter else "," for letter in row]
+        lines.append(",".join([str(i), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def test_published_folds_in_the_authors_six_columns_are_what_an_experiment_trains_on(own):
+    (own / "published").mkdir()
+    for number, parts in {2: ("ab", "cd", "ef"), 10: ("cd", "ef", "ab")}.items():
+        (own / "published" / f"fold{number}.csv").write_text(publish(*parts))
+    plan = plan_experiment(read_experiment(own / "quick.yaml"), own / "out")
+    kept = pd.read_csv(own / "out" / "folds_seed0.csv").groupby(["fold", "part"])["slide"].agg(" ".join)
+    assert kept.to_dict() == {
+        (0, "train"): "a0 b1", (0, "validation"): "c0 d1", (0, "test"): "e0 f1",
+        (1, "train"): "c0 d1", (1, "validation"): "e0 f1", (1, "test"): "a0 b1",
+    }  # fmt: skip
+    assert {(piece.model.name, piece.fold) for piece in plan.pieces} == set(product(("tiny", "tiny_n8"), (0, 1)))
+    assert find_test_over_train(plan) == 1  # two slides each
+
+
+def test_published_folds_of_other_labels_than_the_table_stop_the_experiment_in_one_line(own):
+    (own / "published").mkdir()
+    (own / "published" / "fold0.csv").write_text(publish("ab", "cd", "ef").replace("e0,0.0", "e0,1.0"))
+    finished = subprocess.run(command(own / "quick.yaml"), capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    (complaint,) = finished.stderr.splitlines()
+    assert "fold0.csv: has other labels than" in complaint
+    assert complaint.endswith("for line 2 (e0: '1.0')")
+
+
+@pytest.fixture
+def begun(own) -> tuple[ExperimentSettings, Path]:
+    """An experiment on six slides of which everything is planned."""
+    (own / "published").mkdir()
+    (own / "published" / "fold0.csv").write_text(publish("ab", "cd", "ef"))
+    settings = read_experiment(own / "quick.yaml")
+    plan_experiment(settings, own / "out")
+    return settings, own
+
+
+def test_experiment_does_not_go_on_with_other_labels_or_another_data_set(begun):
+    settings, folder = begun
+    plan_experiment(settings, folder / "out")
+    table, dataset = folder / "labels.csv", folder / "own.yaml"
+    before = table.read_text()
+    table.write_text(before.replace("c0,0", "c0,1"))
+    with pytest.raises(ExperimentError, match=r"begun with another label, patient or site for line 4 \(c0\) of"):
+        plan_experiment(settings, folder / "out")
+    table.write_text(before)
+    dataset.write_text(dataset.read_text() + "weight_decay: 0.1\n")
+    with pytest.raises(ExperimentError, match=r"other settings \(dataset_settings\); choose another --out"):
+        plan_experiment(settings, folder / "out")
+
+
+def test_patients_with_odd_names_are_predicted_like_others(begun):
+    settings, folder = begun
+    table = folder / "labels.csv"
+    table.write_text(
+        "slide,label,patient\n" + "".join(f"{s},{s[1]},{p}\n" for s, p in zip(OWN_SLIDES, ODD, strict=True))
+    )
+    plan = plan_experiment(settings, folder / "elsewhere")
+    finish_without_training(plan)
+    assert sorted(collect_predictions(plan)["patient"].unique()) == ["NA", "nan"]
+
+
+ODD = ("001", "01", "1", "None", "NA", "nan")
+"""Patients; the last two are of the slides that are tested."""
+
+
+def test_camelyon16s_published_fold_is_what_an_experiment_trains_on(tmp_path, shared):
+    labels = shared / "labels"
+    slides = pd.read_csv(labels / "camelyon16_labels.csv")["filenames"].str.removesuffix(".tif.npy")
+    store_features(tmp_path / "features", slides)
+    dataset = {"name": "camelyon16", "kind": "camelyon16", "feature_folder": str(tmp_path / "features")}
+    dataset |= {"label_table": str(labels / "camelyon16_labels.csv")}
+    dataset |= {"test_table": str(labels / "camelyon16_test_reference.csv")}
+    (tmp_path / "camelyon16.yaml").write_text(yaml.safe_dump(dataset))
+    folds = str(labels / "camelyon16_fold0.csv")
+    file = write_experiment(tmp_path, dataset="camelyon16.yaml", folds_table=folds)
+    plan = plan_experiment(read_experiment(file), tmp_path / "out")
+    kept = pd.read_csv(tmp_path / "out" / "folds_seed0.csv")
+    assert kept["part"].value_counts().to_dict() == {"train": 216, "validation": 54, "test": 129}
+    published = pd.read_csv(folds)
+    assert set(kept["slide"][kept["part"] == "validation"]) == set(published["val"].dropna())
+    assert find_test_over_train(plan) == 129 / 216
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,17 @@ def simulate(
     seeds: int = 1,
     per_patient: int = 1,
 ) -> pd.DataFrame:
-    """Predictions of models by how far, in deviations, the true class's logit stands out."""
+    """Predictions of models by how far, in deviations, the true class's logit stands out.
+
+    The slides of a patient, of whom there are ``slides / per_patient``, are copies of one.
+    """
     patient = np.arange(slides) // per_patient
     label = patient % classes
     parts = []
     for number, (model, strength) in enumerate(models.items()):
         for seed in range(seeds):
-            logits = np.random.default_rng([number, seed]).normal(size=(slides, classes))
+            drawn = np.random.default_rng([number, seed]).normal(size=(slides // per_patient, classes))
+            logits = np.repeat(drawn, per_patient, axis=0)
             logits[np.arange(slides), label] += strength
             facts = {
                 "model": model,

@@ -160,7 +160,10 @@ def test_seeds_on_folds_of_their_own_all_count():
 
 def test_every_model_is_compared_with_the_reference_by_every_test():
     frame = simulate({"good": 2.0, "fair": 1.0, "poor": 0.2}, slides=300, folds=10)
-    found, tests = compare_with_reference(frame, "good", resamples=400), ("bootstrap", *TESTS_WITH_P_VALUE)
+    found, tests = (
+        compare_with_reference(frame, "good", test_over_train=1 / 8, resamples=400),
+        ("bootstrap", *TESTS_WITH_P_VALUE),
+    )
     assert found.groupby("model", sort=False)["test"].apply(tuple).to_dict() == dict.fromkeys(
         ("fair", "poor"), tests
     )
@@ -174,13 +177,39 @@ def test_every_model_is_compared_with_the_reference_by_every_test():
     np.testing.assert_allclose(intervals["low", "bootstrap"], intervals["low", "delong"], atol=0.01)
 
 
-def test_corrected_t_test_takes_the_ratio_of_k_folds():
+def test_copies_of_a_patients_slide_narrow_no_interval_of_a_difference():
+    models = {"a": 1.0, "b": 0.5}
+    once, copied = (
+        compare_with_reference(simulate(models, slides=slides, per_patient=each), "a", resamples=300)
+        for slides, each in ((60, 1), (180, 3))
+    )
+    assert copied["n"][0] == 180
+    for test in ("bootstrap", "delong"):
+        wanted, found = (rows.set_index("test").loc[test] for rows in (once, copied))
+        assert wanted["high"] - wanted["low"] > 0.1
+        assert (found["low"], found["high"]) == pytest.approx((wanted["low"], wanted["high"]))
+
+
+def test_corrected_t_test_widens_the_plain_one_by_the_ratio_it_is_given():
     frame = simulate({"a": 1.0, "b": 0.5}, folds=5)
-    found = compare_with_reference(frame, "a", metric="accuracy", resamples=50).set_index("test")
-    folds = measure_folds(frame, ["accuracy"])
-    ours, theirs = (folds[folds["model"] == model]["value"].to_numpy() for model in "ba")
-    wanted = corrected_t_test(ours, theirs, test_over_train=1 / 4)
-    assert found.loc["corrected_t", "p"] == pytest.approx(wanted.p_value)
+    found = compare_with_reference(frame, "a", metric="accuracy", test_over_train=1 / 3, resamples=50)
+    found = found.set_index("test")
+    right = frame.assign(right=(frame["p_1"] > 0.5) == (frame["label"] == 1))
+    by_fold = right.pivot_table(index="fold", columns="model", values="right", aggfunc="mean")
+    plain = scipy.stats.ttest_rel(by_fold["b"], by_fold["a"])
+    # 5 folds, 3/5 of the slides train and 1/5 test: s² (1/5 + 1/3) for s² / 5
+    wider = math.sqrt((1 / 5 + 1 / 3) / (1 / 5))
+    assert found.loc["corrected_t", "statistic"] == pytest.approx(plain.statistic / wider)
+    assert found.loc["corrected_t", "p"] == pytest.approx(2 * scipy.stats.t(4).sf(abs(plain.statistic) / wider))
+    half = (plain.confidence_interval().high - plain.confidence_interval().low) / 2 * wider
+    assert found.loc["corrected_t", "high"] - found.loc["corrected_t", "low"] == pytest.approx(2 * half)
+
+
+def test_corrected_t_test_is_left_out_where_the_ratio_is_not_known():
+    found = compare_with_reference(simulate({"a": 1.0, "b": 0.5}), "a", resamples=50).set_index("test")
+    assert math.isnan(found.loc["corrected_t", "p"])
+    assert found.loc["corrected_t", "note"] == "no corrected_t: slides tested over slides trained on is not given"
+    assert found.loc["paired_t", "p"] < 1
 
 
 def test_folds_on_one_official_test_set_need_the_ratio_to_be_given():
@@ -188,14 +217,14 @@ def test_folds_on_one_official_test_set_need_the_ratio_to_be_given():
     official = check_predictions(pd.concat([part.assign(seed=0, fold=n) for n, part in enumerate(parts)]))
     found = compare_with_reference(official, "a", resamples=50).set_index("test")
     assert math.isnan(found.loc["corrected_t", "p"])
-    assert "needs test_over_train" in found.loc["corrected_t", "note"]
+    assert found.loc["corrected_t", "note"] == "no corrected_t: folds share test slides"
     given = compare_with_reference(official, "a", test_over_train=0.5, resamples=50).set_index("test")
     assert given.loc["corrected_t", "p"] > given.loc["paired_t", "p"]
 
 
 def test_three_classes_are_compared_without_delong():
     frame = simulate({"a": 1.5, "b": 0.5}, classes=3)
-    found = compare_with_reference(frame, "a", resamples=50).set_index("test")
+    found = compare_with_reference(frame, "a", test_over_train=1 / 3, resamples=50).set_index("test")
     assert found.loc["delong", "note"] == "for two classes only"
     assert found.loc["corrected_t", "p"] < 0.05
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from s4mil_monai.errors import UnknownNameError
-from s4mil_monai.statistics.metrics import METRICS, NEED_EVERY_CLASS, calibration_error, find_metric, measure
+from s4mil_monai.statistics.metrics import METRICS, NEED_EVERY_CLASS, find_metric, measure
 
 
 def by_scikit_learn(metric: str, labels: np.ndarray, p: np.ndarray, weights: np.ndarray) -> float:
@@ -95,13 +95,6 @@ def test_calibration_error_of_several_classes_is_of_the_predicted_one():
     p = np.array([[0.62, 0.2, 0.18], [0.1, 0.66, 0.24]])
     # one bin (.6, .7]: said .64, right in 1 of 2
     assert measure("calibration_error", np.array([0, 2]), p).value == pytest.approx(0.14)
-
-
-def test_bins_of_equal_count_hold_as_many_slides_each():
-    labels, p = np.array([0, 1, 0, 1]), positives(0.01, 0.02, 0.03, 0.9)
-    # cut at the median: {.01, .02} said .015, happened .5; {.03, .9} said .465, happened .5
-    error = calibration_error(labels, p, np.ones((1, 4)), bins=2, binning="equal_count")[0]
-    assert error == pytest.approx((0.485 + 0.035) / 2)
 
 
 def test_brier_score_of_two_classes_is_the_squared_error_of_the_positive():

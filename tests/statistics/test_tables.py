@@ -65,6 +65,18 @@ def test_summary_holds_fold_means_and_pooled_values_of_every_metric():
     assert (summary["note"] == "").all()
 
 
+def test_summary_has_delongs_interval_beside_the_bootstraps_of_the_auroc_alone():
+    frame = simulate({"a": 1.5}, slides=240, per_patient=2)
+    summary = summarize(frame, ["accuracy", "auroc"], resamples=400).set_index("metric")
+    found = summary.loc["auroc", ["delong_low", "delong_high"]].astype(float)
+    assert found.tolist() == pytest.approx(summary.loc["auroc", ["low", "high"]].astype(float).tolist(), abs=0.02)
+    assert summary.loc["accuracy", ["delong_low", "delong_high"]].isna().all()
+    of_slides = summarize(frame.assign(patient=frame["slide"]), ["auroc"], resamples=50)
+    assert (
+        found["delong_high"] - found["delong_low"] > 1.2 * (of_slides["delong_high"] - of_slides["delong_low"])[0]
+    )
+
+
 def test_fold_of_one_class_is_left_out_and_the_summary_says_so():
     frame = hand_made()
     lonely = frame.assign(fold=[0, 0, 0, 0, 1, 1, 2, 2] * 2)

@@ -11,9 +11,9 @@ import torch
 
 from s4mil_monai.errors import FeatureFileError, TableError
 from s4mil_monai.features.store import save_bag
-from s4mil_monai.training.bags import StoredBag, as_items, find_slide_files, load_feature_bags, read_label_table
+from s4mil_monai.training.bags import StoredBag, as_items, find_slide_files, load_feature_bags
 from s4mil_monai.training.ucsb import find_ucsb_breast, load_ucsb_breast
-from tests.features.test_store import make_bag
+from tests.features.test_store import REAL_ORIGIN, make_bag
 
 
 @pytest.fixture
@@ -51,10 +51,6 @@ def test_items_are_channel_first(folder):
     assert item["image"].shape == (3, 3)
     np.testing.assert_array_equal(item["image"].numpy(), bags[0].features.T)
     assert item["label"].item() == 1
-
-
-def test_slide_names_stay_text(folder):
-    assert read_label_table(table(folder, "slide,label\n007,1\n8,0\n")).iloc[0]["slide"] == "007"
 
 
 @pytest.mark.parametrize(
@@ -116,11 +112,81 @@ def test_file_of_a_slide_is_found_in_other_capitals_too_but_its_own_name_wins(tm
     assert [path and path.name for path in found] == ["Tumor_001.xml", "b.xml", "B.xml", None]
 
 
-def test_features_of_different_encoders_are_refused(folder):
-    bag = make_bag()
-    save_bag(folder / "b.h5", replace(bag, origin=replace(bag.origin, encoder="other")))
-    with pytest.raises(TableError, match="embedded with different encoder: other, x"):
-        load_feature_bags(folder, table(folder, "slide,label\na,1\nb,0\n"))
+TWO_ROWS = "slide,label\na,1\nb,0\n"
+
+
+def load_two(folder, first: dict, second: dict, **wanted):
+    """Load slides a and b, whose features are alike but for these facts of their origins."""
+    for slide, changes in (("a", first), ("b", second)):
+        save_bag(folder / f"{slide}.h5", replace(make_bag(), origin=replace(REAL_ORIGIN, **changes)))
+    return load_feature_bags(folder, table(folder, TWO_ROWS), **wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "other"}, r"different encoder: other for line 3 \(b\); resnet50_block3 for line 2 \(a\)"),
+        ({"encoder_sha256": ""}, r"different encoder_sha256: unknown for line 3 \(b\); eee"),
+        ({"scan_order": "unknown"}, r"different scan_order: row_major for line 2 \(a\); unknown for line 3 \(b\)"),
+        ({"patch_side_px": 224}, "different patch_side_px: 224 for"),
+        ({"overlap_px": 128}, r"different overlap_px: 0 for line 2 \(a\); 128 for line 3 \(b\); embed all alike"),
+        ({"encoder_precision": "float16"}, "different encoder_precision: float16 for"),
+        ({"min_tissue": 0.1}, "different min_tissue: 0.1 for"),
+        ({"patch_mpp": 2.0}, r"different patch_mpp: 0\.5 for line 2 \(a\); 2 for line 3 \(b\)"),
+    ],
+)
+def test_features_that_do_not_go_together_are_refused_with_their_rows(folder, changes, message):
+    with pytest.raises(TableError, match=message):
+        load_two(folder, {}, changes)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "side_px", "together"),
+    [
+        # for 0.5 µm/px, 1 % either side is 0.495 to 0.505
+        (0.495, 0.505, 256, True),
+        (0.494, 0.506, 256, False),
+        # of 32 pixels, half a pixel of 0.5 µm/px is 0.0078: 0.4922 to 0.5078
+        (0.4925, 0.5075, 32, True),
+        (0.492, 0.509, 32, False),
+        # what two slides have for 0.5 µm/px, and not for what the first one has
+        (0.5, 0.5075, 256, True),
+        (0.5, 0.512, 256, False),
+    ],
+)
+def test_resolutions_go_together_as_far_as_one_setting_makes_both(folder, first, second, side_px, together):
+    facts = [{"patch_mpp": mpp, "patch_side_px": side_px} for mpp in (first, second)]
+    if together:
+        assert len(load_two(folder, *facts)) == 2
+        return
+    with pytest.raises(TableError, match="different patch_mpp"):
+        load_two(folder, *facts)
+
+
+NOT_SAID = {"patch_mpp": -1.0, "overlap_px": -1, "min_tissue": -1.0, "encoder_precision": "unknown"}
+
+
+@pytest.mark.parametrize("other", [NOT_SAID, {}])
+def test_what_files_of_other_tools_do_not_say_keeps_no_features_out(folder, other):
+    assert len(load_two(folder, NOT_SAID, other)) == 2
+    wanted = {"mpp": 0.5, "side_px": 256, "overlap_px": 0, "scan_order": "row_major"}
+    assert len(load_two(folder, NOT_SAID, other, patches=wanted)) == 2
+
+
+@pytest.mark.parametrize(
+    ("patches", "message"),
+    [
+        ({"mpp": 0.25}, r"trained with patch_mpp 0\.25, and features have 0\.5 for line 2 \(a\), line 3 \(b\)"),
+        ({"overlap_px": 64}, r"trained with overlap_px 64, and features have 0 for line 2 \(a\), line 3 \(b\)"),
+        ({"scan_order": "hilbert"}, "trained with scan_order hilbert, and features have row_major for"),
+        ({"side_px": 224}, "trained with patch_side_px 224, and features have 256 for"),
+    ],
+)
+def test_features_of_other_patches_than_the_models_are_refused(folder, patches, message):
+    fits = {"mpp": 0.497, "side_px": 256, "overlap_px": 0, "scan_order": "row_major", "count": 7}
+    assert len(load_two(folder, {}, {}, patches=fits)) == 2
+    with pytest.raises(TableError, match=message):
+        load_two(folder, {}, {}, patches=fits | patches)
 
 
 def test_features_of_another_encoder_than_asked_for_are_refused(folder):
@@ -136,6 +202,6 @@ def test_ucsb_breast_has_58_slides_26_of_them_malignant():
     assert {bag.features.shape[1] for bag in bags} == {708}
 
 
-def test_missing_table_is_named(tmp_path):
+def test_missing_table_is_named(folder):
     with pytest.raises(TableError, match="cannot be read as CSV"):
-        read_label_table(tmp_path / "gone.csv")
+        load_feature_bags(folder, folder / "gone.csv")

@@ -174,7 +174,7 @@ def test_slides_without_features_are_refused_with_their_rows(own):
 def test_features_of_two_encoders_are_refused(own):
     bag = make_real_bag(4)
     save_bag(own / "features" / "tumor_2.h5", replace(bag, origin=replace(REAL_ORIGIN, encoder="other")))
-    with pytest.raises(TableError, match="different encoder: other, resnet50_block3"):
+    with pytest.raises(TableError, match=r"different encoder: other for line 4 \(tumor_2\)"):
         load_dataset(settings(own))
 
 

@@ -10,7 +10,7 @@ import pytest
 from s4mil_monai.errors import FeatureFileError
 from s4mil_monai.features.store import save_bag
 from s4mil_monai.training.feature_files import LoadFeaturesd, find_feature_items
-from tests.features.test_store import make_bag
+from tests.features.test_store import REAL_ORIGIN, make_bag
 
 
 def test_every_file_of_a_folder_is_an_item_channel_first(tmp_path):
@@ -44,3 +44,18 @@ def test_features_the_model_was_not_trained_for_are_refused(tmp_path, origin, me
     save_bag(tmp_path / "a.h5", replace(bag, origin=replace(bag.origin, **origin)))
     with pytest.raises(FeatureFileError, match=message):
         LoadFeaturesd("image", **wanted)(find_feature_items(tmp_path)[0])
+
+
+def test_resolution_may_be_off_by_what_whole_pixels_make_of_it(tmp_path):
+    # 506 of a slide's pixels of 0.2527 µm become 256 of 0.4995: what a scanner's 40x gives for 0.5
+    patches = {"mpp": 0.5}
+    for mpp, fits in ((0.4995, True), (0.506, False), (-1.0, False)):
+        save_bag(tmp_path / "a.h5", replace(make_bag(), origin=replace(REAL_ORIGIN, patch_mpp=mpp)))
+        (item,) = find_feature_items(tmp_path)
+        if fits:
+            assert LoadFeaturesd("image", patches=patches)(item)["image"].shape == (3, 5)
+            continue
+        with pytest.raises(
+            FeatureFileError, match=rf"µm/px of the patches: {mpp}; the model was trained with 0\.5"
+        ):
+            LoadFeaturesd("image", patches=patches)(item)

@@ -59,6 +59,22 @@ def assert_sound(table: SlideTable, folds: Folds, unit: str = "patient") -> None
 
 # Making -------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize(("folds", "ratio"), [(5, 8 / 24), (10, 4 / 32)])
+def test_ratio_of_test_to_training_slides_counts_no_validation_slides(folds, ratio):
+    # of 40 slides a fifth (a tenth) test, as many validate, and the rest train
+    assert make_folds(plain_table(40), folds=folds).test_over_train == pytest.approx(ratio)
+
+
+def test_ratio_of_test_to_training_slides_is_the_mean_over_folds_of_what_they_report_on():
+    uneven = Folds((Fold(("a", "b"), ("c",), ("d",)), Fold(("c", "d", "e", "f"), ("b",), ("a",))))
+    assert uneven.test_over_train == pytest.approx((1 / 2 + 1 / 4) / 2)
+    without_test = Folds((Fold(("a", "b", "c"), ("d",)), Fold(("b", "c", "d"), ("a",))))
+    assert without_test.test_over_train == pytest.approx(1 / 3)
+    official = Folds((Fold(("a", "b"), ("c",), ("d",)), Fold(("b", "c"), ("a",), ("d",))))
+    assert official.test_over_train is None
+
+
 single = st.tuples(st.integers(0, 2), st.integers(1, 4)).map(lambda drawn: ((drawn[0],) * drawn[1],))
 mixed = st.lists(st.integers(0, 2), min_size=1, max_size=4).map(lambda labels: (tuple(labels),))
 
