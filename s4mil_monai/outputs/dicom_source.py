@@ -63,6 +63,11 @@ class DicomSource:
     overview: Dataset | None = None
     """The image itself, where it has to be written with the results."""
 
+    @property
+    def belongs_to(self) -> tuple[str, ...]:
+        """Image, patient, study, glass slide and specimens, as the objects have them."""
+        return _belongs_to(self.image)
+
 
 def find_source(
     slide: Slide, result: SlideResult, picture: HeatmapPicture, study: StudyAttributes | None = None
@@ -185,13 +190,19 @@ def _source_of_file(result: SlideResult, picture: HeatmapPicture, study: StudyAt
     image.SpecificCharacterSet = "ISO_IR 192"
     _set_patient(image, study if study is not None and linked else None, sha256)
     image.FrameOfReferenceUID = make_uid("frame", sha256, str(result.slide.mpp))
-    image.SeriesInstanceUID = make_uid("overview series", sha256, image.StudyInstanceUID)
-    image.SOPInstanceUID = make_uid("overview", sha256, str(result.slide.mpp), image.StudyInstanceUID)
     image.ContainerIdentifier = (study.container_id if study else "") or "UNKNOWN"
     specimen = _specimen((study.specimen_id if study else "") or "UNKNOWN", make_uid("specimen", sha256))
     image.SpecimenDescriptionSequence = Sequence([specimen])
+    image.SOPInstanceUID = make_uid("overview", sha256, str(result.slide.mpp), *_belongs_to(image))
+    image.SeriesInstanceUID = make_uid("overview series", image.SOPInstanceUID)
     overview = make_overview(picture, image, frame)
     return DicomSource(_complete(_keep(overview), "overview"), frame, linked=linked, overview=overview)
+
+
+def _belongs_to(image: Dataset) -> tuple[str, ...]:
+    named = ("SOPInstanceUID", "StudyInstanceUID", *PATIENT_AND_STUDY, "ContainerIdentifier")
+    specimens = (str(found.get("SpecimenIdentifier", "")) for found in image.SpecimenDescriptionSequence)
+    return (*(str(image.get(keyword) or "") for keyword in named), *specimens)
 
 
 def _specimen(identifier: str, uid: str) -> Dataset:

@@ -18,14 +18,16 @@ from shapely.geometry import shape
 from wsidicom.graphical_annotations import AnnotationInstance
 
 from s4mil_monai.errors import SlideError, TableError
+from s4mil_monai.outputs import dicom_report
 from s4mil_monai.outputs.dicom import write_dicom
 from s4mil_monai.outputs.dicom_map import NOT_READ, make_parametric_maps
-from s4mil_monai.outputs.dicom_object import write_object
+from s4mil_monai.outputs.dicom_object import identity_of, write_object
 from s4mil_monai.outputs.dicom_segmentation import make_segmentations
 from s4mil_monai.outputs.dicom_source import NEEDED, find_source
 from s4mil_monai.outputs.dicom_study import StudyAttributes, find_study, read_study_table
 from s4mil_monai.outputs.geojson import write_geojson
 from s4mil_monai.outputs.heatmap import write_heatmap
+from s4mil_monai.result import AggregatorRecord, ModelRecord, PatchScores, QualityRecord
 from s4mil_monai.slides.isolation import open_isolated
 from tests.outputs.results import make_result
 
@@ -257,6 +259,97 @@ def test_other_model_settings_or_study_give_other_objects(tissue_slide, tmp_path
     assert not first & uids("b", study=STUDY, threshold=0.6)
     assert not first & uids("c", study=STUDY, sha256="12" * 32)
     assert not first & uids("d", study=STUDY.model_copy(update={"study_instance_uid": "1.2.3.5"}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decision": "refer"},
+        {"decision": None},
+        {"status": "degraded"},
+        {"calibrated": [0.31, 0.69]},
+        {"calibrated": [0.00001, 0.99999]},
+        {"probabilities": [0.19, 0.81]},
+        {"classes": ("tumour", "normal")},
+        {"predicted": "normal"},
+        {"reason": "patches are damaged"},
+        {"quality": QualityRecord(verdict="warn")},
+        {"model": ModelRecord(bundle="tiny", version="1.0", sha256="cd" * 32, intended_use="others")},
+        {"patches": PatchScores(side_px0=256.0, mpp=0.5, top_left_px0=[(0, 0)], probabilities=[[0.2, 0.8]])},
+    ],
+    ids=str,
+)
+def test_result_that_says_something_else_is_another_object_of_another_series(result, source, change):
+    assert not uids_of(result, source) & uids_of(make_result_like(result, **change), source)
+
+
+def test_result_found_elsewhere_is_the_same_object(result, source):
+    """Other seconds, versions and readers, and another last digit."""
+    elsewhere = make_result_like(
+        result,
+        seconds={"opening": 1.5},
+        software={"torch": "9"},
+        aggregator=AggregatorRecord(runtime="onnxruntime", precision="float32", chunk=64),
+        slide=result.slide.model_copy(update={"name": "copy.tif", "backend": "tifffile"}),
+        probabilities=[0.2000001, 0.7999999],
+        calibrated=[0.3000001, 0.6999999],
+    )
+    assert uids_of(result, source) == uids_of(elsewhere, source)
+    assert uids_of(result, source) == uids_of(make_result_like(result), source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patient_id": "P2"},
+        {"patient_name": "Doe^John"},
+        {"patient_birth_date": "1956-12-24"},
+        {"patient_sex": "F"},
+        {"accession_number": "A2"},
+        {"container_id": "C2"},
+        {"specimen_id": "S2"},
+    ],
+    ids=str,
+)
+def test_corrected_patient_or_glass_is_another_object_in_the_same_study(tissue_slide, result, picture, change):
+    """A PACS keeps the first of two objects with one UID, so the wrong patient would stay."""
+    with open_isolated(tissue_slide) as slide:
+        studies = (STUDY, corrected(STUDY, change))
+        sources = [find_source(slide, result, picture, study) for study in studies]
+    first, second = (uids_of(result, source) | {source.image.SOPInstanceUID} for source in sources)
+    assert not first & second
+    assert len({source.image.StudyInstanceUID for source in sources}) == 1
+
+
+def corrected(study, change):
+    return StudyAttributes(**(study.model_dump() | change))
+
+
+def make_result_like(result, **changes):
+    return result.model_copy(update=changes)
+
+
+def uids_of(result, source):
+    identity = identity_of(dicom_report.KIND, result, source)
+    return {identity["series_instance_uid"], identity["sop_instance_uid"]}
+
+
+@pytest.fixture(scope="module")
+def result(tissue_slide):
+    with open_isolated(tissue_slide) as slide:
+        return make_result(slide)
+
+
+@pytest.fixture(scope="module")
+def picture(tissue_slide, result, tmp_path_factory):
+    with open_isolated(tissue_slide) as slide:
+        return write_heatmap(result, slide, tmp_path_factory.mktemp("picture") / "heatmap.png")
+
+
+@pytest.fixture(scope="module")
+def source(tissue_slide, result, picture):
+    with open_isolated(tissue_slide) as slide:
+        return find_source(slide, result, picture, STUDY)
 
 
 def test_slide_of_whom_nothing_says_whose_it_is_is_marked(tissue_slide, tmp_path):

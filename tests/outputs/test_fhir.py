@@ -87,12 +87,16 @@ def test_code_that_r4_does_not_have_is_refused(result, kind, change):
         check_codes(bundle)
 
 
-@pytest.mark.parametrize("field", ["encoder", "slide", "threshold"])
-def test_another_encoder_resolution_or_threshold_is_another_report_as_it_is_in_dicom(result, field):
+@pytest.mark.parametrize("field", ["encoder", "slide", "threshold", "decision", "calibrated", "classes", "status"])
+def test_result_that_says_something_else_is_another_report_as_it_is_in_dicom(result, field):
     changed = {
         "encoder": result.encoder.model_copy(update={"sha256": "12" * 32}),
         "slide": result.slide.model_copy(update={"mpp": 0.25}),
         "threshold": 0.6,
+        "decision": "refer",
+        "calibrated": [0.4, 0.6],
+        "classes": ("tumour", "normal"),
+        "status": "degraded",
     }
     other = result.model_copy(update={field: changed[field]})
     assert names_of(make_fhir(result)) == names_of(make_fhir(result))

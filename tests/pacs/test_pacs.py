@@ -7,17 +7,22 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
+import highdicom as hd
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate
 
 from s4mil_monai.cli.main import main
+from s4mil_monai.outputs.dicom_codes import DECISION
 from s4mil_monai.pacs.dimse import StoreTarget, send_files
 from s4mil_monai.pacs.errors import PacsError
 from s4mil_monai.pacs.rounds import Round
 from s4mil_monai.pacs.web import PacsWeb, RemoteSeries
+from s4mil_monai.result import read_result
 from s4mil_monai.scoring import load_scorer
+from s4mil_monai.statistics.calibration import Calibration
 from tests.pacs.orthanc import DICOM_PORT, PASSWORD, USER, Orthanc, own_network, why_not
 
 TARGET = StoreTarget("ORTHANC", "127.0.0.1", DICOM_PORT)
@@ -112,11 +117,48 @@ def test_new_slides_are_scored_into_their_studies_and_a_second_pass_finds_nothin
     assert not list((tmp_path / "out" / ".pacs" / "fetched").iterdir())
 
 
-def test_rerun_elsewhere_replaces_what_the_pacs_has(orthanc, pacs, one_study, scorer, tmp_path):
-    run_round(pacs, scorer, tmp_path / "a")
+def decisions_of(orthanc, number):
+    """What the reports in a study decide, as the PACS gives them back."""
+    found = []
+    for instance in orthanc.find("Instance", StudyInstanceUID=f"1.2.{number}.1", Modality="SR"):
+        (slide_level, *_) = hd.sr.srread(orthanc.file(instance)).content.get_image_measurement_groups()
+        judged = slide_level.get_qualitative_evaluations(name=DECISION)
+        found += [(item.value.value, item.value.meaning) for item in judged]
+    return sorted(found)
+
+
+def calibrated(scorer, *, refer):
+    """The scorer with a calibration that calls every slide positive, or refers every slide."""
+    calibration = Calibration(
+        method="temperature",
+        classes=2,
+        temperature=1.0,
+        threshold=0.0,
+        refer_low=0.0,
+        refer_high=1.0 if refer else 0.0,
+        class_floors=(0.5, 0.5),
+        alpha=0.1,
+        n=10,
+        n_patients=10,
+        provenance="made up",
+    )
+    return replace(scorer, calibration=calibration)
+
+
+def test_rerun_elsewhere_is_what_the_pacs_has(orthanc, pacs, one_study, scorer, tmp_path):
+    refers = calibrated(scorer, refer=True)
+    run_round(pacs, refers, tmp_path / "a")
     before = orthanc.get("statistics")["CountInstances"]
-    run_round(pacs, scorer, tmp_path / "b")
+    run_round(pacs, refers, tmp_path / "b")
     assert orthanc.get("statistics")["CountInstances"] == before
+    assert decisions_of(orthanc, 1) == [("refer", "Refer to a pathologist")]
+
+
+def test_new_calibration_brings_its_decision_into_the_pacs(orthanc, pacs, one_study, scorer, tmp_path):
+    run_round(pacs, calibrated(scorer, refer=True), tmp_path / "out")
+    (outcome,) = run_round(pacs, calibrated(scorer, refer=False), tmp_path / "out")
+    assert (outcome.status, read_result(outcome.folder / "result.json").decision) == ("stored", "positive")
+    assert decisions_of(orthanc, 1) == [("10828004", "Positive"), ("refer", "Refer to a pathologist")]
 
 
 def test_instances_arrive_as_they_are_stored_and_labels_are_not_fetched(pacs, one_study, tmp_path):
