@@ -13,6 +13,7 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
+from pydicom import Dataset
 from shapely import Polygon, box, union_all
 from shapely.geometry import shape
 from wsidicom.graphical_annotations import AnnotationInstance
@@ -27,7 +28,9 @@ from s4mil_monai.outputs.dicom_source import NEEDED, find_source
 from s4mil_monai.outputs.dicom_study import StudyAttributes, find_study, read_study_table
 from s4mil_monai.outputs.geojson import write_geojson
 from s4mil_monai.outputs.heatmap import write_heatmap
+from s4mil_monai.outputs.hospital import HospitalWriter
 from s4mil_monai.result import AggregatorRecord, ModelRecord, PatchScores, QualityRecord
+from s4mil_monai.slides.dicom_header import quiet_pydicom
 from s4mil_monai.slides.isolation import open_isolated
 from tests.outputs.results import make_result
 
@@ -486,19 +489,64 @@ def test_headers_that_contradict_the_pixels_are_refused(shared, tmp_path):
             find_source(slide, result.model_copy(update={"slide": record}), picture)
 
 
-@pytest.mark.parametrize("keyword", NEEDED)
-def test_headers_to_which_nothing_can_refer_are_refused_by_name(dicom_slide, tmp_path, keyword):
+@pytest.fixture
+def damaged(dicom_slide, tmp_path):
+    """Changes the header of a DICOM slide that is open, and finds the source of its results."""
     (tmp_path / "slide").mkdir()
     path = tmp_path / "slide" / "level0.dcm"
     path.write_bytes(next(dicom_slide.iterdir()).read_bytes())
-    with open_isolated(tmp_path / "slide") as slide:
+    with open_isolated(tmp_path / "slide") as slide, quiet_pydicom():
         result = make_result(slide)
         picture = write_heatmap(result, slide, tmp_path / "heatmap.png")
-        header = pydicom.dcmread(path)
-        del header[keyword]
-        header.save_as(path)
-        with pytest.raises(SlideError, match=f"its DICOM header has no {keyword}, so results cannot refer to it"):
-            find_source(slide, result, picture)
+
+        def write(place, change):
+            header = pydicom.dcmread(path)
+            *sequences, keyword = place.split(".")
+            item = header
+            for sequence in sequences:
+                item = item[sequence].value[0]
+            change(item, keyword)
+            header.save_as(path)
+            HospitalWriter().write(result, slide, picture, tmp_path)
+
+        yield write
+
+
+@pytest.mark.parametrize("place", NEEDED)
+@pytest.mark.parametrize("change", [Dataset.__delitem__, lambda item, keyword: setattr(item, keyword, None)])
+def test_headers_to_which_nothing_can_refer_are_refused_by_name(damaged, place, change):
+    with pytest.raises(SlideError, match=f"slide: its DICOM header has no {place}, so results cannot refer to it"):
+        damaged(place, change)
+
+
+@pytest.mark.parametrize(
+    "sequence", ["SharedFunctionalGroupsSequence", "SharedFunctionalGroupsSequence.PixelMeasuresSequence"]
+)
+def test_empty_sequence_is_refused_by_what_should_be_in_it(damaged, sequence):
+    with pytest.raises(SlideError, match=r"has no SharedFunctionalGroupsSequence\.PixelMeasuresSequence\.PixelSp"):
+        damaged(sequence, lambda item, keyword: setattr(item, keyword, []))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("ImageOrientationSlide", [1, 0, 0, 0], "has an ImageOrientationSlide of 4 numbers, not 6"),
+        (NEEDED[-1], [0.0005] * 3, "has a PixelSpacing that is not two positive numbers"),
+        (NEEDED[-1], [0.0005, -0.0005], "has a PixelSpacing that is not two positive numbers"),
+        (NEEDED[-1], ["nan", "nan"], r"cannot be understood \(ValueError\)"),
+        ("PatientBirthDate", ["Mustermann", "1956"], r"cannot be understood \(ValueError\)"),
+        ("PatientName", ["Mustermann", "Zaphod"], r"cannot be understood \(TypeError\)"),
+        ("StudyInstanceUID", ["1.2", "1.3"], r"cannot be understood \(TypeError\)"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_without_quoting_them(damaged, place, value, message):
+    with pytest.raises(SlideError, match=f"slide: its DICOM header {message}") as refused:
+        damaged(place, lambda item, keyword: setattr(item, keyword, value))
+    assert "Mustermann" not in str(refused.value)
+
+
+def test_empty_character_set_is_no_damage(damaged):
+    damaged("SpecificCharacterSet", lambda item, keyword: setattr(item, keyword, None))
 
 
 def test_rasters_of_more_than_a_tile_are_pyramids_in_place(tissue_slide, tmp_path):
