@@ -417,6 +417,16 @@ def test_slides_of_one_name_in_two_folders_have_a_patient_each(tmp_path):
         ("Doe,P1\nDoe,P2\n", "line 1: no column 'slide'; is this the header?"),
         ('slide,patient_id\na.tif,"Doe\n', "line 2: is not CSV"),
         ("", "line 1: no column 'slide'"),
+        ("slide,patient_birth_date\na.tif,24-12-1956\n", "line 2: patient_birth_date: Value error, wants a date"),
+        ("slide,patient_birth_date\na.tif,24121956\n", "line 2: patient_birth_date: Value error, is no day"),
+        ("slide,patient_birth_date\na.tif,1956-1224\n", "line 2: patient_birth_date: Value error, wants a date"),
+        ("slide,patient_birth_date\na.tif,1956-13-24\n", "line 2: patient_birth_date: Value error, is no day of"),
+        ("slide,study_date\na.tif,20230229\n", "line 2: study_date: Value error, is no day of the calendar"),
+        ("slide,study_date\na.tif,99-99-9999\n", "line 2: study_date: Value error, wants a date as YYYY-MM-DD"),
+        ("slide,study_time\na.tif,2500\n", "line 2: study_time: Value error, is no time of the day; wants HH"),
+        ("slide,study_time\na.tif,126000\n", "line 2: study_time: Value error, is no time of the day; wants HH"),
+        ("slide,study_time\na.tif,12:30\n", "line 2: study_time: Value error, wants a time as HH, HHMM or HHMMSS"),
+        ("slide,study_time\na.tif,123\n", "line 2: study_time: Value error, wants a time as HH, HHMM or HHMMSS"),
         ("slide,patient_id\na.tif,P\na.tif,Q\n", "line 3: the slide is in the table already"),
     ],
 )
@@ -424,7 +434,24 @@ def test_table_that_cannot_be_meant_is_refused_without_its_values(tmp_path, text
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(TableError, match=re.escape(message)) as refused:
         read_study_table(tmp_path / "t.csv")
-    assert "Doe" not in str(refused.value)
+    assert not [word for word in ("Doe", "1956", "99-99", "2500", "12:30") if word in str(refused.value)]
+
+
+@pytest.mark.parametrize("value", ["1956-13-45", "24-12-1956", "99-99-9999", "1956-12-24 ", "１９５６1224"])
+def test_sidecar_with_a_date_that_is_none_is_refused_without_it(tmp_path, value):
+    (tmp_path / "case.dicom.json").write_text(json.dumps({"patient_id": "P9", "patient_birth_date": value}))
+    with pytest.raises(TableError, match=r"case\.dicom\.json: patient_birth_date: Value error, ") as refused:
+        find_study(tmp_path / "case.tif")
+    assert not {"1956", "P9", value} & set(re.split(r"[ :,;]", str(refused.value)))
+
+
+@pytest.mark.parametrize(
+    ("date", "time"), [("1956-12-24", "235959"), ("19561224", "2359"), ("20240229", "23"), ("", "")]
+)
+def test_dates_and_times_are_kept_as_dicom_writes_them(date, time):
+    found = StudyAttributes(patient_birth_date=date, study_date=date, study_time=time)
+    assert (found.patient_birth_date, found.study_date) == (date.replace("-", ""), date.replace("-", ""))
+    assert found.study_time == time
 
 
 def test_real_source_without_patient_and_study_attributes_crashes_no_writer(shared, tmp_path):
