@@ -19,8 +19,9 @@ from shapely.geometry import shape
 from wsidicom.graphical_annotations import AnnotationInstance
 
 from s4mil_monai.errors import SlideError, TableError
-from s4mil_monai.outputs import dicom_report
+from s4mil_monai.outputs import dicom_annotations, dicom_report
 from s4mil_monai.outputs.dicom import write_dicom
+from s4mil_monai.outputs.dicom_codes import SCHEME
 from s4mil_monai.outputs.dicom_map import NOT_READ, make_parametric_maps
 from s4mil_monai.outputs.dicom_object import identity_of, write_object
 from s4mil_monai.outputs.dicom_segmentation import make_segmentations
@@ -322,6 +323,49 @@ def test_corrected_patient_or_glass_is_another_object_in_the_same_study(tissue_s
     first, second = (uids_of(result, source) | {source.image.SOPInstanceUID} for source in sources)
     assert not first & second
     assert len({source.image.StudyInstanceUID for source in sources}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ModelRecord(bundle="tiny", version="1.0", sha256="12" * 32, intended_use="tests")},
+        {"classes": ("tumour", "normal")},
+        {"reason": "patches are damaged", "status": "degraded"},
+    ],
+    ids=["another model", "classes in another order", "another reason"],
+)
+def test_equal_codes_of_our_own_mean_the_same_whatever_the_model(result, source, change):
+    first = make_result_like(result, reason="out of focus", status="degraded")
+    found = [coded(one, source) for one in (first, make_result_like(result, **change))]
+    for value in found[0].keys() & found[1].keys():
+        assert found[0][value] == found[1][value]
+    meanings = {meaning for codes in found for meaning in codes.values()}
+    assert {"tumour", "Probability of tumour", "Calibrated of normal", "out of focus"} <= meanings
+    assert max(len(value) for codes in found for value in codes) <= 16
+    if "model" in change:
+        assert not {"tumour", "normal"} & {found[0].get(value) for value in found[1]}
+
+
+def coded(result, source):
+    """Every code of our scheme in the objects of a result, with its meaning."""
+    objects = (
+        dicom_report.make_structured_report(result, source),
+        dicom_annotations.make_annotations(result, source),
+        *make_segmentations(result, source),
+    )
+    items = [item for made in objects for item in codes_in(made)]
+    found = {item.CodeValue: item.CodeMeaning for item in items}
+    assert all(found[item.CodeValue] == item.CodeMeaning for item in items)
+    return found
+
+
+def codes_in(item):
+    if item.get("CodingSchemeDesignator") == SCHEME:
+        yield item
+    for element in item:
+        if element.VR == "SQ":
+            for below in element.value:
+                yield from codes_in(below)
 
 
 def corrected(study, change):
