@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +27,7 @@ def pacs(
     c_store: str | None = None,
     own_aet: str = "S4MIL",
     timeout_s: float = 30.0,
+    settle_s: float = 30.0,
     retry_failed: bool = False,
     encoder_weights: str | None = None,
     patch_stage: str = "torch",
@@ -42,6 +46,7 @@ def pacs(
         c_store: AET@host:port to send results to by C-STORE, instead of DICOMweb.
         own_aet: Our application entity title for C-STORE.
         timeout_s: Seconds that the PACS may take for an answer, or the next piece of it.
+        settle_s: Seconds a series must have had the same instances for before it is scored.
         retry_failed: Try slides again that could not be scored.
         encoder_weights: Weights file of the encoder, instead of the published one.
         patch_stage: What prepares patches: torch, dali, or auto, the faster one here.
@@ -50,6 +55,8 @@ def pacs(
     """
     require_positive("timeout_s", timeout_s)
     require_positive("batch_size", batch_size)
+    if isinstance(settle_s, bool) or not isinstance(settle_s, (int, float)) or not 0 <= settle_s < math.inf:
+        raise UsageError(f"--settle_s is a number of seconds, 0 or more, got {settle_s!r}")
     if not isinstance(retry_failed, bool):
         raise UsageError(f"--retry_failed takes no value, got {retry_failed!r}")
     if not url.startswith(("http://", "https://")):
@@ -76,17 +83,31 @@ def pacs(
         device=as_device(device),
     )
 
-    store = server.store_all if peer is None else partial(send_files, target=peer)
-    target = str(peer or server.url)
-    counts = {"stored": 0, "failed": 0}
-    for outcome in Round(server, scorer, Path(out), store=store, target=target, retry_failed=retry_failed).run():
+    one_pass = Round(
+        server,
+        scorer,
+        Path(out),
+        store=server.store_all if peer is None else partial(send_files, target=peer),
+        target=str(peer or server.url),
+        retry_failed=retry_failed,
+        settle_s=float(settle_s),
+    )
+    counts: Counter[str] = Counter()
+    for outcome in one_pass.run():
         counts[outcome.status] += 1
-        if outcome.status == "failed":
-            complain(f"{outcome.series.series}: {outcome.detail}")
-        else:
-            say(f"{outcome.series.series}: {outcome.detail}; in {outcome.folder}")
-    say("nothing to do" if not any(counts.values()) else f"{counts['stored']} stored, {counts['failed']} failed")
+        place = "" if outcome.folder is None else f"; in {outcome.folder}"
+        tell = complain if outcome.status == "failed" else say
+        tell(f"{outcome.series.series}: {outcome.detail}{place}")
+    say(sum_up(counts))
     return EXIT_ERROR if counts["failed"] else 0
+
+
+def sum_up(counts: Mapping[str, int]) -> str:
+    """The last line, of how many series became what."""
+    if not any(counts.values()):
+        return "nothing to do"
+    arriving = f", {counts['arriving']} still arriving" if counts["arriving"] else ""
+    return f"{counts['stored']} stored, {counts['failed']} failed{arriving}"
 
 
 def _password(file: str | None) -> str | None:

@@ -58,7 +58,7 @@ def _probable(result: SlideResult, source: DicomSource, instance: str) -> hd.ann
         uid=make_uid("probable patches", instance),
         label=f"p({result.classes[shown]}) >= {REGION_THRESHOLD:g}"[:64],
         annotated_property_category=MORPHOLOGY,
-        annotated_property_type=class_code(result.classes, shown),
+        annotated_property_type=class_code(result, shown),
         **_drawn([corner for corner, _ in found], result, source),
         measurements=[_measured(PATCH_PROBABILITY, [probability for _, probability in found])],
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from highdicom.sr import CodedConcept
 from pydicom import Dataset
+
+from s4mil_monai.result import SlideResult
 
 SCHEME = "99S4MIL"
 """Private coding scheme; PS3.16 reserves designators that begin with 99."""
 
 LONGEST_MEANING = 64
+"""Of characters; of a code's value it is 16."""
 
 
 def code(value: str, meaning: str, scheme: str = SCHEME) -> CodedConcept:
@@ -23,9 +28,23 @@ def as_item(value: str, scheme: str, meaning: str) -> Dataset:
     return item
 
 
-def class_code(classes: tuple[str, ...], index: int) -> CodedConcept:
-    """The class of a model, by its place among the logits."""
-    return code(f"class-{index}", classes[index])
+def model_code(result: SlideResult, meaning: str) -> CodedConcept:
+    """What one model means by its words. Equal codes mean the same: the first half is the model's fingerprint."""
+    return code(f"{(result.model.sha256 or 'none')[:8]}-{_digest(meaning)[:7]}", meaning)
+
+
+def class_code(result: SlideResult, index: int) -> CodedConcept:
+    """A class of the model, by its place among the logits."""
+    return model_code(result, result.classes[index])
+
+
+def reason_code(reason: str) -> CodedConcept:
+    """Why there is no score, a code of its own for each wording."""
+    return code(f"reason-{_digest(reason)[:9]}", reason)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 THRESHOLD = code("threshold", "Calibrated probability from which on a slide is positive")

@@ -36,9 +36,10 @@ def identity_of(
 ) -> dict[str, Any]:
     """UIDs, numbers and equipment as highdicom takes them; levels of a pyramid are instances of one series.
 
-    The UIDs come from slide, model, settings and study: the same slide scored again replaces what a PACS has.
+    The UIDs come from what is said, and of whom: the same slide scored again is what a PACS has already; another
+    decision, or another patient, is another object.
     """
-    key = (kind.name, *identify_result(result), str(source.image.StudyInstanceUID))
+    key = (kind.name, *identify_result(result), *source.belongs_to)
     identity = {
         "series_instance_uid": make_uid("series", *key),
         "series_number": kind.series_number,

@@ -27,6 +27,8 @@ from s4mil_monai.outputs.dicom_codes import (
     THRESHOLD,
     class_code,
     code,
+    model_code,
+    reason_code,
 )
 from s4mil_monai.outputs.dicom_object import MANUFACTURER, ObjectKind, finish, identity_of
 from s4mil_monai.outputs.dicom_source import DicomSource
@@ -94,7 +96,7 @@ def _slide_level(result: SlideResult, identity: dict) -> sr.MeasurementsAndQuali
 def _probabilities(result: SlideResult) -> Iterator[sr.Measurement]:
     for kind, values in (("probability", result.probabilities), ("calibrated", result.calibrated)):
         for index, value in enumerate(values or ()):
-            name = code(f"{kind}-{index}", f"{kind.capitalize()} of {result.classes[index]}")
+            name = model_code(result, f"{kind.capitalize()} of {result.classes[index]}")
             yield sr.Measurement(name=name, value=value, unit=NO_UNITS)
     if result.threshold is not None:
         yield sr.Measurement(name=THRESHOLD, value=result.threshold, unit=NO_UNITS)
@@ -104,11 +106,11 @@ def _judgements(result: SlideResult) -> Iterator[sr.QualitativeEvaluation]:
     yield sr.QualitativeEvaluation(STATUS, code(result.status, result.status))
     if result.predicted is not None:
         best = result.classes.index(result.predicted)
-        yield sr.QualitativeEvaluation(PREDICTED, class_code(result.classes, best))
+        yield sr.QualitativeEvaluation(PREDICTED, class_code(result, best))
     if result.decision is not None:
         yield sr.QualitativeEvaluation(DECISION, DECISIONS[result.decision])
     if result.reason is not None:
-        yield sr.QualitativeEvaluation(REASON, code("reason", result.reason))
+        yield sr.QualitativeEvaluation(REASON, reason_code(result.reason))
     if result.quality is not None:
         yield sr.QualitativeEvaluation(QUALITY, code(f"q-{result.quality.verdict}", result.quality.verdict))
 
@@ -116,7 +118,7 @@ def _judgements(result: SlideResult) -> Iterator[sr.QualitativeEvaluation]:
 def _regions(
     result: SlideResult, source: DicomSource, identity: dict
 ) -> Iterator[sr.PlanarROIMeasurementsAndQualitativeEvaluations]:
-    shown = class_code(result.classes, shown_class(result))
+    shown = class_code(result, shown_class(result))
     found = sorted(find_regions(result), key=lambda region: -region.polygon.area)[:REGIONS_SHOWN]
     for number, region in enumerate(found, start=1):
         points_px0 = np.array(region.polygon.exterior.coords)

@@ -77,7 +77,7 @@ def _describe_segment(result: SlideResult, said: str, series_instance_uid: str) 
         segment_number=1,
         segment_label=result.classes[shown][:64],
         segmented_property_category=MORPHOLOGY,
-        segmented_property_type=class_code(result.classes, shown),
+        segmented_property_type=class_code(result, shown),
         algorithm_type="AUTOMATIC",
         algorithm_identification=algorithm_of(result),
         tracking_uid=make_uid("segment", series_instance_uid),

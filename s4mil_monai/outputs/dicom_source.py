@@ -6,10 +6,16 @@ with the results; nothing refers to an image that does not exist.
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydicom import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.sequence import Sequence
 
 from s4mil_monai.errors import SlideError
@@ -39,10 +45,19 @@ IMAGE = (
 """What is kept of a source image. Free text, private tags, label and acquisition are not."""
 
 NEEDED = (
-    *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ImageOrientationSlide"),
-    "SharedFunctionalGroupsSequence",
+    *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"),
+    *("Rows", "Columns", "NumberOfFrames", "TotalPixelMatrixRows", "ImageOrientationSlide"),
+    "TotalPixelMatrixOriginSequence.XOffsetInSlideCoordinateSystem",
+    "TotalPixelMatrixOriginSequence.YOffsetInSlideCoordinateSystem",
+    "SharedFunctionalGroupsSequence.PixelMeasuresSequence.PixelSpacing",
 )
-"""Without these nothing can refer to an image, or say where on it."""
+"""Without these, inner ones in the first item of a sequence, nothing can refer to an image, or say where on it."""
+
+DAMAGE = (
+    *(AttributeError, LookupError, NotImplementedError, TypeError, ValueError),
+    *(struct.error, BytesLengthException),
+)
+"""What pydicom and highdicom raise of values that cannot be meant."""
 
 SLIDE_COORDINATES = (0.0, -1.0, 0.0, -1.0, 0.0, 0.0)
 """Orientation of a slide held with its label at the top, scanned upright."""
@@ -63,6 +78,11 @@ class DicomSource:
     overview: Dataset | None = None
     """The image itself, where it has to be written with the results."""
 
+    @property
+    def belongs_to(self) -> tuple[str, ...]:
+        """Image, patient, study, glass slide and specimens, as the objects have them."""
+        return _belongs_to(self.image)
+
 
 def find_source(
     slide: Slide, result: SlideResult, picture: HeatmapPicture, study: StudyAttributes | None = None
@@ -76,26 +96,41 @@ def find_source(
         study: Patient and study of a slide that is no DICOM; None marks the results as not linked.
 
     Raises:
-        SlideError: The slide is DICOM, and its headers contradict how its pixels were read.
+        SlideError: The slide is DICOM, and its headers lack something, cannot be understood, or contradict how its
+            pixels were read.
     """
     with quiet_pydicom():
-        instances = _volume_instances(slide.path)
-        if not instances:
-            return _source_of_file(result, picture, study)
-        return _source_of_dicom(slide, result, instances)
+        with header_understood(slide.name):
+            instances = _volume_instances(slide.path)
+            if instances:
+                return _source_of_dicom(slide, result, instances)
+        return _source_of_file(result, picture, study)
+
+
+@contextmanager
+def header_understood(name: str) -> Iterator[None]:
+    """Values of a DICOM header that a library cannot take are an error of the slide, without quoting them.
+
+    Raises:
+        SlideError: A library could not.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        raise SlideError(name, f"its DICOM header cannot be understood ({type(error).__name__})") from error
 
 
 def _source_of_dicom(slide: Slide, result: SlideResult, instances: list[Dataset]) -> DicomSource:
     level0 = max(instances, key=lambda found: int(found.TotalPixelMatrixColumns))
-    size = (int(level0.TotalPixelMatrixColumns), int(level0.TotalPixelMatrixRows))
+    image = _complete(_keep(level0), slide.name)
+    size = (int(image.TotalPixelMatrixColumns), int(image.TotalPixelMatrixRows))
     if size != tuple(result.slide.size_px0):
         raise SlideError(
             slide.name,
             f"its DICOM headers have {size[0]} x {size[1]} pixels, {result.slide.backend} read "
             f"{result.slide.size_px0[0]} x {result.slide.size_px0[1]}",
         )
-    image = _complete(_keep(level0), slide.name)
-    return DicomSource(image, _frame_of(image), linked=True)
+    return DicomSource(image, _frame_of(image, slide.name), linked=True)
 
 
 def _volume_instances(path: Path) -> list[Dataset]:
@@ -143,14 +178,16 @@ def _complete(image: Dataset, name: str) -> Dataset:
     for keyword in PATIENT_AND_STUDY:
         if keyword not in image:
             setattr(image, keyword, "")
-    for keyword in NEEDED:
-        if keyword not in image:
-            raise SlideError(name, f"its DICOM header has no {keyword}, so results cannot refer to it")
+    if not image.get("SpecificCharacterSet"):
+        image.pop("SpecificCharacterSet", None)  # empty is ASCII to the standard, and an error to highdicom
     if not image.get("TotalPixelMatrixOriginSequence"):
         # every result shares the frame of reference of this image, so any origin keeps them in place on it
         origin = Dataset()
         origin.XOffsetInSlideCoordinateSystem, origin.YOffsetInSlideCoordinateSystem = 0.0, 0.0
         image.TotalPixelMatrixOriginSequence = Sequence([origin])
+    for place in NEEDED:
+        if _find(image, place) in (None, ""):
+            raise SlideError(name, f"its DICOM header has no {place}, so results cannot refer to it")
     image.setdefault("ContainerIdentifier", "UNKNOWN")
     for keyword in ("IssuerOfTheContainerIdentifierSequence", "ContainerTypeCodeSequence"):
         image.setdefault(keyword, Sequence())
@@ -162,18 +199,41 @@ def _complete(image: Dataset, name: str) -> Dataset:
     return image
 
 
-def _frame_of(image: Dataset) -> SlideFrame:
+def _find(image: Dataset, place: str) -> Any:
+    """The value at a place such as ``Sequence.Keyword``, in the first item of the sequence; None without it."""
+    *sequences, keyword = place.split(".")
+    for sequence in sequences:
+        items = image.get(sequence)
+        if not items:
+            return None
+        image = items[0]
+    return image.get(keyword)
+
+
+def _frame_of(image: Dataset, name: str) -> SlideFrame:
+    """Where level 0 lies.
+
+    Raises:
+        SlideError: A position, a direction or a spacing is not what can be meant.
+    """
     origin = image.TotalPixelMatrixOriginSequence[0]
-    measures = image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-    return SlideFrame(
-        origin_mm=(
-            float(origin.XOffsetInSlideCoordinateSystem),
-            float(origin.YOffsetInSlideCoordinateSystem),
-            float(origin.get("ZOffsetInSlideCoordinateSystem") or 0),
-        ),
-        orientation=tuple(float(value) for value in image.ImageOrientationSlide),
-        spacing_mm=(float(measures.PixelSpacing[0]), float(measures.PixelSpacing[1])),
-    )
+    x, y = origin.XOffsetInSlideCoordinateSystem, origin.YOffsetInSlideCoordinateSystem
+    origin_mm = _numbers((x, y, origin.get("ZOffsetInSlideCoordinateSystem") or 0))
+    orientation = _numbers(image.ImageOrientationSlide)
+    spacing_mm = _numbers(image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing)
+    if len(orientation) != 6:
+        found = f"an ImageOrientationSlide of {len(orientation)} numbers"
+        raise SlideError(name, f"its DICOM header has {found}, not 6")
+    if len(spacing_mm) != 2 or min(spacing_mm) <= 0:
+        raise SlideError(name, "its DICOM header has a PixelSpacing that is not two positive numbers")
+    return SlideFrame((origin_mm[0], origin_mm[1], origin_mm[2]), orientation, (spacing_mm[0], spacing_mm[1]))
+
+
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    found = tuple(float(value) for value in values)
+    if not all(math.isfinite(value) for value in found):
+        raise ValueError("not finite")
+    return found
 
 
 def _source_of_file(result: SlideResult, picture: HeatmapPicture, study: StudyAttributes | None) -> DicomSource:
@@ -185,13 +245,19 @@ def _source_of_file(result: SlideResult, picture: HeatmapPicture, study: StudyAt
     image.SpecificCharacterSet = "ISO_IR 192"
     _set_patient(image, study if study is not None and linked else None, sha256)
     image.FrameOfReferenceUID = make_uid("frame", sha256, str(result.slide.mpp))
-    image.SeriesInstanceUID = make_uid("overview series", sha256, image.StudyInstanceUID)
-    image.SOPInstanceUID = make_uid("overview", sha256, str(result.slide.mpp), image.StudyInstanceUID)
     image.ContainerIdentifier = (study.container_id if study else "") or "UNKNOWN"
     specimen = _specimen((study.specimen_id if study else "") or "UNKNOWN", make_uid("specimen", sha256))
     image.SpecimenDescriptionSequence = Sequence([specimen])
+    image.SOPInstanceUID = make_uid("overview", sha256, str(result.slide.mpp), *_belongs_to(image))
+    image.SeriesInstanceUID = make_uid("overview series", image.SOPInstanceUID)
     overview = make_overview(picture, image, frame)
     return DicomSource(_complete(_keep(overview), "overview"), frame, linked=linked, overview=overview)
+
+
+def _belongs_to(image: Dataset) -> tuple[str, ...]:
+    named = ("SOPInstanceUID", "StudyInstanceUID", *PATIENT_AND_STUDY, "ContainerIdentifier")
+    specimens = (str(found.get("SpecimenIdentifier", "")) for found in image.SpecimenDescriptionSequence)
+    return (*(str(image.get(keyword) or "") for keyword in named), *specimens)
 
 
 def _specimen(identifier: str, uid: str) -> Dataset:

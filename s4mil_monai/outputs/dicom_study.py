@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from s4mil_monai.errors import TableError
 from s4mil_monai.slides.mixed_folder import SIDECAR_SUFFIX
@@ -21,12 +22,36 @@ def _as_uid(value: str) -> str:
     return value
 
 
-def _as_date(value: Any) -> Any:
-    return value.replace("-", "") if isinstance(value, str) else value
+def _as_date(value: str) -> str:
+    """As DICOM writes it; a day that no calendar has is an error, and so are its parts in another order."""
+    if not value:
+        return value
+    if not re.fullmatch(r"[0-9]{4}(-[0-9]{2}-[0-9]{2}|[0-9]{4})", value):
+        raise ValueError("wants a date as YYYY-MM-DD or YYYYMMDD")
+    digits = value.replace("-", "")
+    try:
+        datetime.strptime(digits, "%Y%m%d")
+    except ValueError:
+        raise ValueError("is no day of the calendar; wants YYYY-MM-DD or YYYYMMDD") from None
+    return digits
+
+
+def _as_time(value: str) -> str:
+    """As DICOM writes it: hours, or hours and minutes, or seconds as well."""
+    if not value:
+        return value
+    if not re.fullmatch(r"([0-9]{2}){1,3}", value):
+        raise ValueError("wants a time as HH, HHMM or HHMMSS")
+    try:
+        datetime.strptime(value, "%H%M%S"[: len(value)])
+    except ValueError:
+        raise ValueError("is no time of the day; wants HH, HHMM or HHMMSS") from None
+    return value
 
 
 Uid = Annotated[str, AfterValidator(_as_uid)]
-Date = Annotated[str, BeforeValidator(_as_date), Field(pattern=r"^(\d{8})?$")]
+Date = Annotated[str, AfterValidator(_as_date)]
+Time = Annotated[str, AfterValidator(_as_time)]
 ShortText = Annotated[str, Field(max_length=16, pattern=r"^[^\\\x00-\x1f]*$")]
 LongText = Annotated[str, Field(max_length=64, pattern=r"^[^\\\x00-\x1f]*$")]
 
@@ -47,7 +72,8 @@ class StudyAttributes(BaseModel):
     accession_number: ShortText = ""
     study_id: ShortText = ""
     study_date: Date = ""
-    study_time: Annotated[str, Field(pattern=r"^(\d{2}(\d{2}(\d{2})?)?)?$")] = ""
+    study_time: Time = ""
+    """``HH``, ``HHMM`` or ``HHMMSS``."""
     container_id: LongText = ""
     """Of the glass slide."""
     specimen_id: LongText = ""

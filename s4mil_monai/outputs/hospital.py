@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -40,12 +41,13 @@ class HospitalWriter:
             TableError: The JSON beside the slide cannot be understood.
         """
         from s4mil_monai.outputs.dicom import write_dicom
-        from s4mil_monai.outputs.dicom_source import find_source
+        from s4mil_monai.outputs.dicom_source import find_source, header_understood
         from s4mil_monai.outputs.dicom_study import find_study
         from s4mil_monai.outputs.fhir import write_fhir
 
         written = datetime.now(timezone.utc)
         source = find_source(slide, result, picture, find_study(slide.path, self._table))
-        write_dicom(result, source, picture, folder / DICOM_FOLDER, written=written)
+        with nullcontext() if source.overview is not None else header_understood(slide.name):
+            write_dicom(result, source, picture, folder / DICOM_FOLDER, written=written)
         study = str(source.image.StudyInstanceUID) if source.linked else None
         write_fhir(result, folder / FHIR_FILE, study_instance_uid=study, written=written)

@@ -12,7 +12,7 @@ from s4mil_monai.pacs.web import RemoteSeries
 from s4mil_monai.scoring import Scorer, fingerprint_model
 from s4mil_monai.whole_file import write_whole
 
-FOLDER = ".pacs"
+FOLDER, SEEN = ".pacs", "seen"
 
 
 class SeriesState(BaseModel):
@@ -33,8 +33,19 @@ def key_of(series: RemoteSeries, scorer: Scorer, target: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+class Sighting(BaseModel):
+    """Which instances a series has had, and since when we know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instances: str
+    """SHA-256 of their UIDs."""
+    since_s: float
+    """Unix time, in seconds."""
+
+
 class Ledger:
-    """One small file a series, replaced as a whole."""
+    """Two small files a series, replaced as a whole: how far it has come, and what was seen of it."""
 
     def __init__(self, out: Path):
         self.folder = out / FOLDER
@@ -50,5 +61,22 @@ class Ledger:
         """Keep a state."""
         write_whole(self._path(series), state.model_dump_json() + "\n")
 
+    def note(self, series: RemoteSeries, *, now_s: float) -> float:
+        """Since when a series has had the instances that it has now, in Unix time; kept for the next pass."""
+        path = self.folder / SEEN / f"{series.series}.json"
+        instances = hashlib.sha256("\n".join(series.instances).encode()).hexdigest()
+        seen = _read_sighting(path)
+        if seen is not None and seen.instances == instances and seen.since_s <= now_s:
+            return seen.since_s
+        write_whole(path, Sighting(instances=instances, since_s=now_s).model_dump_json() + "\n")
+        return now_s
+
     def _path(self, series: RemoteSeries) -> Path:
         return self.folder / f"{series.series}.json"
+
+
+def _read_sighting(path: Path) -> Sighting | None:
+    try:
+        return Sighting.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None

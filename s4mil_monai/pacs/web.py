@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from s4mil_monai.extras import require
 from s4mil_monai.outputs.dicom_overview import OVERVIEW_DESCRIPTION
 from s4mil_monai.pacs.errors import PacsError
 from s4mil_monai.pacs.multipart import PIECE, MultipartFile, NotMultipartError, boundary_of, copy_first_part
-from s4mil_monai.slides.dicom_header import WHOLE_SLIDE
+from s4mil_monai.slides.dicom_header import WHOLE_SLIDE, is_uid
 from s4mil_monai.whole_file import write_whole
 
 AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
@@ -30,7 +30,7 @@ class RemoteSeries:
 
     study: str
     series: str
-    instances: tuple[str, ...]
+    instances: tuple[str, ...] = ()
     """SOP instance UIDs, sorted; of the pyramid's levels where the PACS says which those are."""
 
 
@@ -66,7 +66,7 @@ class PacsWeb:
         if ca_file is not None:
             self._session.verify = ca_file
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
-        self._client = api.DICOMwebClient(self.url, session=self._session, timeout=timeout_s)
+        self._client = api.DICOMwebClient(self.url, session=self._session, timeout=timeout_s, permissive_uid=True)
         self._client.set_http_retry_params(retry=False)  # else a refused connection takes half a minute
 
     def check(self) -> None:
@@ -77,8 +77,8 @@ class PacsWeb:
         """
         self._ask(lambda: self._client.search_for_series(limit=1))
 
-    def search_slides(self) -> list[RemoteSeries]:
-        """Every series of whole slide images, but for overviews that this package made.
+    def search_series(self) -> list[RemoteSeries]:
+        """Every series that may be of slides, but for overviews that this package made; instances not yet listed.
 
         Raises:
             PacsError: The server cannot be asked.
@@ -90,18 +90,25 @@ class PacsWeb:
         )
         pairs = [(_value(row, "0020000D"), _value(row, "0020000E"), _value(row, "0008103E")) for row in found]
         wanted = sorted({(study, series) for study, series, text in pairs if text != OVERVIEW_DESCRIPTION})
-        listed = (self._list_instances(study, series) for study, series in wanted)
-        return [series for series in listed if series.instances]
+        return [RemoteSeries(study, series) for study, series in wanted]
 
-    def _list_instances(self, study: str, series: str) -> RemoteSeries:
+    def list_instances(self, wanted: RemoteSeries) -> RemoteSeries:
+        """The series with the instances that it has now; none where it is of something else, or gone.
+
+        Raises:
+            PacsError: The server cannot be asked, or names the series by what is no UID.
+        """
+        for uid in (wanted.study, wanted.series):
+            if not is_uid(uid):
+                raise PacsError("search result", "names an object by what is no UID")
         rows = self._ask(
             lambda: self._client.search_for_instances(
-                study, series, fields=["ImageType", "SOPClassUID"], get_remaining=True
+                wanted.study, wanted.series, fields=["ImageType", "SOPClassUID"], get_remaining=True
             )
         )
         slides = [row for row in rows if _value(row, "00080016") == WHOLE_SLIDE]
         kept = [row for row in slides if not NOT_PIXELS_OF_TISSUE & set(_values(row, "00080008"))]
-        return RemoteSeries(study, series, tuple(sorted(_value(row, "00080018") for row in kept)))
+        return replace(wanted, instances=tuple(sorted(_value(row, "00080018") for row in kept)))
 
     def fetch_instance(self, wanted: RemoteSeries, instance: str, target: Path) -> None:
         """Write one instance as the PACS has it, compressed as it was stored.
@@ -180,7 +187,7 @@ def _copy_instance(answer: Any, path: Path) -> None:
 
 
 def _values(row: dict[str, Any], tag: str) -> list[str]:
-    return [str(value) for value in row.get(tag, {}).get("Value", [])]
+    return [str(value) for value in row.get(tag, {}).get("Value") or []]
 
 
 def _value(row: dict[str, Any], tag: str) -> str:

@@ -13,19 +13,25 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
+from pydicom import Dataset
 from shapely import Polygon, box, union_all
 from shapely.geometry import shape
 from wsidicom.graphical_annotations import AnnotationInstance
 
 from s4mil_monai.errors import SlideError, TableError
+from s4mil_monai.outputs import dicom_annotations, dicom_report
 from s4mil_monai.outputs.dicom import write_dicom
+from s4mil_monai.outputs.dicom_codes import SCHEME
 from s4mil_monai.outputs.dicom_map import NOT_READ, make_parametric_maps
-from s4mil_monai.outputs.dicom_object import write_object
+from s4mil_monai.outputs.dicom_object import identity_of, write_object
 from s4mil_monai.outputs.dicom_segmentation import make_segmentations
 from s4mil_monai.outputs.dicom_source import NEEDED, find_source
 from s4mil_monai.outputs.dicom_study import StudyAttributes, find_study, read_study_table
 from s4mil_monai.outputs.geojson import write_geojson
 from s4mil_monai.outputs.heatmap import write_heatmap
+from s4mil_monai.outputs.hospital import HospitalWriter
+from s4mil_monai.result import AggregatorRecord, ModelRecord, PatchScores, QualityRecord
+from s4mil_monai.slides.dicom_header import quiet_pydicom
 from s4mil_monai.slides.isolation import open_isolated
 from tests.outputs.results import make_result
 
@@ -259,6 +265,140 @@ def test_other_model_settings_or_study_give_other_objects(tissue_slide, tmp_path
     assert not first & uids("d", study=STUDY.model_copy(update={"study_instance_uid": "1.2.3.5"}))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decision": "refer"},
+        {"decision": None},
+        {"status": "degraded"},
+        {"calibrated": [0.31, 0.69]},
+        {"calibrated": [0.00001, 0.99999]},
+        {"probabilities": [0.19, 0.81]},
+        {"classes": ("tumour", "normal")},
+        {"predicted": "normal"},
+        {"reason": "patches are damaged"},
+        {"quality": QualityRecord(verdict="warn")},
+        {"model": ModelRecord(bundle="tiny", version="1.0", sha256="cd" * 32, intended_use="others")},
+        {"patches": PatchScores(side_px0=256.0, mpp=0.5, top_left_px0=[(0, 0)], probabilities=[[0.2, 0.8]])},
+    ],
+    ids=str,
+)
+def test_result_that_says_something_else_is_another_object_of_another_series(result, source, change):
+    assert not uids_of(result, source) & uids_of(make_result_like(result, **change), source)
+
+
+def test_result_found_elsewhere_is_the_same_object(result, source):
+    """Other seconds, versions and readers, and another last digit."""
+    elsewhere = make_result_like(
+        result,
+        seconds={"opening": 1.5},
+        software={"torch": "9"},
+        aggregator=AggregatorRecord(runtime="onnxruntime", precision="float32", chunk=64),
+        slide=result.slide.model_copy(update={"name": "copy.tif", "backend": "tifffile"}),
+        probabilities=[0.2000001, 0.7999999],
+        calibrated=[0.3000001, 0.6999999],
+    )
+    assert uids_of(result, source) == uids_of(elsewhere, source)
+    assert uids_of(result, source) == uids_of(make_result_like(result), source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"patient_id": "P2"},
+        {"patient_name": "Doe^John"},
+        {"patient_birth_date": "1956-12-24"},
+        {"patient_sex": "F"},
+        {"accession_number": "A2"},
+        {"container_id": "C2"},
+        {"specimen_id": "S2"},
+    ],
+    ids=str,
+)
+def test_corrected_patient_or_glass_is_another_object_in_the_same_study(tissue_slide, result, picture, change):
+    """A PACS keeps the first of two objects with one UID, so the wrong patient would stay."""
+    with open_isolated(tissue_slide) as slide:
+        studies = (STUDY, corrected(STUDY, change))
+        sources = [find_source(slide, result, picture, study) for study in studies]
+    first, second = (uids_of(result, source) | {source.image.SOPInstanceUID} for source in sources)
+    assert not first & second
+    assert len({source.image.StudyInstanceUID for source in sources}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ModelRecord(bundle="tiny", version="1.0", sha256="12" * 32, intended_use="tests")},
+        {"classes": ("tumour", "normal")},
+        {"reason": "patches are damaged", "status": "degraded"},
+    ],
+    ids=["another model", "classes in another order", "another reason"],
+)
+def test_equal_codes_of_our_own_mean_the_same_whatever_the_model(result, source, change):
+    first = make_result_like(result, reason="out of focus", status="degraded")
+    found = [coded(one, source) for one in (first, make_result_like(result, **change))]
+    for value in found[0].keys() & found[1].keys():
+        assert found[0][value] == found[1][value]
+    meanings = {meaning for codes in found for meaning in codes.values()}
+    assert {"tumour", "Probability of tumour", "Calibrated of normal", "out of focus"} <= meanings
+    assert max(len(value) for codes in found for value in codes) <= 16
+    if "model" in change:
+        assert not {"tumour", "normal"} & {found[0].get(value) for value in found[1]}
+
+
+def coded(result, source):
+    """Every code of our scheme in the objects of a result, with its meaning."""
+    objects = (
+        dicom_report.make_structured_report(result, source),
+        dicom_annotations.make_annotations(result, source),
+        *make_segmentations(result, source),
+    )
+    items = [item for made in objects for item in codes_in(made)]
+    found = {item.CodeValue: item.CodeMeaning for item in items}
+    assert all(found[item.CodeValue] == item.CodeMeaning for item in items)
+    return found
+
+
+def codes_in(item):
+    if item.get("CodingSchemeDesignator") == SCHEME:
+        yield item
+    for element in item:
+        if element.VR == "SQ":
+            for below in element.value:
+                yield from codes_in(below)
+
+
+def corrected(study, change):
+    return StudyAttributes(**(study.model_dump() | change))
+
+
+def make_result_like(result, **changes):
+    return result.model_copy(update=changes)
+
+
+def uids_of(result, source):
+    identity = identity_of(dicom_report.KIND, result, source)
+    return {identity["series_instance_uid"], identity["sop_instance_uid"]}
+
+
+@pytest.fixture(scope="module")
+def result(tissue_slide):
+    with open_isolated(tissue_slide) as slide:
+        return make_result(slide)
+
+
+@pytest.fixture(scope="module")
+def picture(tissue_slide, result, tmp_path_factory):
+    with open_isolated(tissue_slide) as slide:
+        return write_heatmap(result, slide, tmp_path_factory.mktemp("picture") / "heatmap.png")
+
+
+@pytest.fixture(scope="module")
+def source(tissue_slide, result, picture):
+    with open_isolated(tissue_slide) as slide:
+        return find_source(slide, result, picture, STUDY)
+
+
 def test_slide_of_whom_nothing_says_whose_it_is_is_marked(tissue_slide, tmp_path):
     _, source, paths = write_all(tissue_slide, tmp_path)
     assert not source.linked
@@ -321,6 +461,16 @@ def test_slides_of_one_name_in_two_folders_have_a_patient_each(tmp_path):
         ("Doe,P1\nDoe,P2\n", "line 1: no column 'slide'; is this the header?"),
         ('slide,patient_id\na.tif,"Doe\n', "line 2: is not CSV"),
         ("", "line 1: no column 'slide'"),
+        ("slide,patient_birth_date\na.tif,24-12-1956\n", "line 2: patient_birth_date: Value error, wants a date"),
+        ("slide,patient_birth_date\na.tif,24121956\n", "line 2: patient_birth_date: Value error, is no day"),
+        ("slide,patient_birth_date\na.tif,1956-1224\n", "line 2: patient_birth_date: Value error, wants a date"),
+        ("slide,patient_birth_date\na.tif,1956-13-24\n", "line 2: patient_birth_date: Value error, is no day of"),
+        ("slide,study_date\na.tif,20230229\n", "line 2: study_date: Value error, is no day of the calendar"),
+        ("slide,study_date\na.tif,99-99-9999\n", "line 2: study_date: Value error, wants a date as YYYY-MM-DD"),
+        ("slide,study_time\na.tif,2500\n", "line 2: study_time: Value error, is no time of the day; wants HH"),
+        ("slide,study_time\na.tif,126000\n", "line 2: study_time: Value error, is no time of the day; wants HH"),
+        ("slide,study_time\na.tif,12:30\n", "line 2: study_time: Value error, wants a time as HH, HHMM or HHMMSS"),
+        ("slide,study_time\na.tif,123\n", "line 2: study_time: Value error, wants a time as HH, HHMM or HHMMSS"),
         ("slide,patient_id\na.tif,P\na.tif,Q\n", "line 3: the slide is in the table already"),
     ],
 )
@@ -328,7 +478,24 @@ def test_table_that_cannot_be_meant_is_refused_without_its_values(tmp_path, text
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(TableError, match=re.escape(message)) as refused:
         read_study_table(tmp_path / "t.csv")
-    assert "Doe" not in str(refused.value)
+    assert not [word for word in ("Doe", "1956", "99-99", "2500", "12:30") if word in str(refused.value)]
+
+
+@pytest.mark.parametrize("value", ["1956-13-45", "24-12-1956", "99-99-9999", "1956-12-24 ", "１９５６1224"])
+def test_sidecar_with_a_date_that_is_none_is_refused_without_it(tmp_path, value):
+    (tmp_path / "case.dicom.json").write_text(json.dumps({"patient_id": "P9", "patient_birth_date": value}))
+    with pytest.raises(TableError, match=r"case\.dicom\.json: patient_birth_date: Value error, ") as refused:
+        find_study(tmp_path / "case.tif")
+    assert not {"1956", "P9", value} & set(re.split(r"[ :,;]", str(refused.value)))
+
+
+@pytest.mark.parametrize(
+    ("date", "time"), [("1956-12-24", "235959"), ("19561224", "2359"), ("20240229", "23"), ("", "")]
+)
+def test_dates_and_times_are_kept_as_dicom_writes_them(date, time):
+    found = StudyAttributes(patient_birth_date=date, study_date=date, study_time=time)
+    assert (found.patient_birth_date, found.study_date) == (date.replace("-", ""), date.replace("-", ""))
+    assert found.study_time == time
 
 
 def test_real_source_without_patient_and_study_attributes_crashes_no_writer(shared, tmp_path):
@@ -393,19 +560,64 @@ def test_headers_that_contradict_the_pixels_are_refused(shared, tmp_path):
             find_source(slide, result.model_copy(update={"slide": record}), picture)
 
 
-@pytest.mark.parametrize("keyword", NEEDED)
-def test_headers_to_which_nothing_can_refer_are_refused_by_name(dicom_slide, tmp_path, keyword):
+@pytest.fixture
+def damaged(dicom_slide, tmp_path):
+    """Changes the header of a DICOM slide that is open, and finds the source of its results."""
     (tmp_path / "slide").mkdir()
     path = tmp_path / "slide" / "level0.dcm"
     path.write_bytes(next(dicom_slide.iterdir()).read_bytes())
-    with open_isolated(tmp_path / "slide") as slide:
+    with open_isolated(tmp_path / "slide") as slide, quiet_pydicom():
         result = make_result(slide)
         picture = write_heatmap(result, slide, tmp_path / "heatmap.png")
-        header = pydicom.dcmread(path)
-        del header[keyword]
-        header.save_as(path)
-        with pytest.raises(SlideError, match=f"its DICOM header has no {keyword}, so results cannot refer to it"):
-            find_source(slide, result, picture)
+
+        def write(place, change):
+            header = pydicom.dcmread(path)
+            *sequences, keyword = place.split(".")
+            item = header
+            for sequence in sequences:
+                item = item[sequence].value[0]
+            change(item, keyword)
+            header.save_as(path)
+            HospitalWriter().write(result, slide, picture, tmp_path)
+
+        yield write
+
+
+@pytest.mark.parametrize("place", NEEDED)
+@pytest.mark.parametrize("change", [Dataset.__delitem__, lambda item, keyword: setattr(item, keyword, None)])
+def test_headers_to_which_nothing_can_refer_are_refused_by_name(damaged, place, change):
+    with pytest.raises(SlideError, match=f"slide: its DICOM header has no {place}, so results cannot refer to it"):
+        damaged(place, change)
+
+
+@pytest.mark.parametrize(
+    "sequence", ["SharedFunctionalGroupsSequence", "SharedFunctionalGroupsSequence.PixelMeasuresSequence"]
+)
+def test_empty_sequence_is_refused_by_what_should_be_in_it(damaged, sequence):
+    with pytest.raises(SlideError, match=r"has no SharedFunctionalGroupsSequence\.PixelMeasuresSequence\.PixelSp"):
+        damaged(sequence, lambda item, keyword: setattr(item, keyword, []))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("ImageOrientationSlide", [1, 0, 0, 0], "has an ImageOrientationSlide of 4 numbers, not 6"),
+        (NEEDED[-1], [0.0005] * 3, "has a PixelSpacing that is not two positive numbers"),
+        (NEEDED[-1], [0.0005, -0.0005], "has a PixelSpacing that is not two positive numbers"),
+        (NEEDED[-1], ["nan", "nan"], r"cannot be understood \(ValueError\)"),
+        ("PatientBirthDate", ["Mustermann", "1956"], r"cannot be understood \(ValueError\)"),
+        ("PatientName", ["Mustermann", "Zaphod"], r"cannot be understood \(TypeError\)"),
+        ("StudyInstanceUID", ["1.2", "1.3"], r"cannot be understood \(TypeError\)"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_without_quoting_them(damaged, place, value, message):
+    with pytest.raises(SlideError, match=f"slide: its DICOM header {message}") as refused:
+        damaged(place, lambda item, keyword: setattr(item, keyword, value))
+    assert "Mustermann" not in str(refused.value)
+
+
+def test_empty_character_set_is_no_damage(damaged):
+    damaged("SpecificCharacterSet", lambda item, keyword: setattr(item, keyword, None))
 
 
 def test_rasters_of_more_than_a_tile_are_pyramids_in_place(tissue_slide, tmp_path):

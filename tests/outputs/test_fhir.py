@@ -49,11 +49,75 @@ def test_every_reference_of_the_report_is_in_the_bundle(result):
 
 
 def test_observations_hold_probability_threshold_and_decision(result):
-    found = {o["code"]["coding"][0]["code"]: o for o in by_kind(make_fhir(result))["Observation"]}
+    found = observations_of(result)
     assert found["probability-1"]["valueQuantity"]["value"] == 0.8
     assert found["calibrated-1"]["valueQuantity"]["value"] == 0.7
     assert found["threshold"]["valueQuantity"]["value"] == 0.5
     assert found["decision"]["interpretation"][0]["coding"][0]["code"] == "POS"
+
+
+@pytest.mark.parametrize(
+    ("decision", "code", "display"),
+    [("positive", "POS", "Positive"), ("negative", "NEG", "Negative"), ("refer", "IND", "Indeterminate")],
+)
+def test_decision_has_the_interpretation_that_hl7_gives_it(result, decision, code, display):
+    """Codes and displays as HL7's table v3 ObservationInterpretation has them."""
+    found = observations_of(result.model_copy(update={"decision": decision}))["decision"]
+    assert found["valueCodeableConcept"]["coding"][0]["code"] == decision
+    assert found["interpretation"] == [
+        {
+            "coding": [
+                {
+                    "system": "http://terminology.hl7.org/CodeSystem/v3-ObservationInterpretation",
+                    "code": code,
+                    "display": display,
+                }
+            ],
+            "text": display,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("decision", "predicted", "probabilities", "text"),
+    [
+        ("positive", "tumour", [0.2, 0.8], "positive; most probable tumour, probability 0.800 by the model."),
+        ("negative", "normal", [0.75, 0.25], "negative; most probable normal, probability 0.750 by the model."),
+        ("refer", "tumour", [0.48, 0.52], "refer; most probable tumour, probability 0.520 by the model."),
+        (None, "tumour", [0.2, 0.8], "most probable tumour, probability 0.800 by the model."),
+    ],
+)
+def test_conclusion_says_decision_and_most_probable_class(result, decision, predicted, probabilities, text):
+    changed = {"decision": decision, "predicted": predicted, "probabilities": probabilities}
+    report = by_kind(make_fhir(result.model_copy(update=changed)))["DiagnosticReport"][0]
+    assert report["conclusion"] == f"{text} Research use; not cleared for diagnosis."
+
+
+def test_each_observation_is_displayed_by_the_name_of_its_class(result):
+    shown = {code: found["code"]["coding"][0]["display"] for code, found in observations_of(result).items()}
+    assert shown == {
+        "status": "Status of the score",
+        "probability-0": "Probability of normal",
+        "probability-1": "Probability of tumour",
+        "calibrated-0": "Calibrated of normal",
+        "calibrated-1": "Calibrated of tumour",
+        "threshold": "Calibrated probability from which on it is positive",
+        "decision": "Decision by the calibrated threshold",
+        "quality": "Fitness for scoring",
+    }
+    numbers = {code: found.get("valueQuantity") for code, found in observations_of(result).items()}
+    values = {code: number["value"] for code, number in numbers.items() if number is not None}
+    assert values == {
+        "probability-0": 0.2,
+        "probability-1": 0.8,
+        "calibrated-0": 0.3,
+        "calibrated-1": 0.7,
+        "threshold": 0.5,
+    }
+
+
+def observations_of(result):
+    return {found["code"]["coding"][0]["code"]: found for found in by_kind(make_fhir(result))["Observation"]}
 
 
 def test_result_without_a_score_says_why(result):
@@ -87,12 +151,16 @@ def test_code_that_r4_does_not_have_is_refused(result, kind, change):
         check_codes(bundle)
 
 
-@pytest.mark.parametrize("field", ["encoder", "slide", "threshold"])
-def test_another_encoder_resolution_or_threshold_is_another_report_as_it_is_in_dicom(result, field):
+@pytest.mark.parametrize("field", ["encoder", "slide", "threshold", "decision", "calibrated", "classes", "status"])
+def test_result_that_says_something_else_is_another_report_as_it_is_in_dicom(result, field):
     changed = {
         "encoder": result.encoder.model_copy(update={"sha256": "12" * 32}),
         "slide": result.slide.model_copy(update={"mpp": 0.25}),
         "threshold": 0.6,
+        "decision": "refer",
+        "calibrated": [0.4, 0.6],
+        "classes": ("tumour", "normal"),
+        "status": "degraded",
     }
     other = result.model_copy(update={field: changed[field]})
     assert names_of(make_fhir(result)) == names_of(make_fhir(result))

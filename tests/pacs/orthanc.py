@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import shutil
@@ -100,6 +101,12 @@ class Orthanc:
         """Orthanc's own identifiers."""
         question = {"Level": level, "Query": query}
         return self.session.post(f"{self.rest}/tools/find", json=question, timeout=30).json()
+
+    def file(self, instance: str) -> io.BytesIO:
+        """An instance as it is stored, by Orthanc's own identifier."""
+        answer = self.session.get(f"{self.rest}/instances/{instance}/file", timeout=30)
+        answer.raise_for_status()
+        return io.BytesIO(answer.content)
 
     def stop(self) -> None:
         """End the server and wait for it."""
