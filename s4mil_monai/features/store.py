@@ -132,7 +132,7 @@ class WantedFeatures:
     patch_stage: str | None = None
     slide_sha256: str | None = None
     slide_mpp: float | None = None
-    """µm per level-0 pixel, where the operator sets it."""
+    """µm per level-0 pixel, as the operator's table or the slide says it now: it may have been corrected since."""
 
 
 @dataclass(frozen=True)
