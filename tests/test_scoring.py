@@ -164,6 +164,22 @@ def test_folder_of_another_slide_is_not_overwritten(tissue_slide, scorer, tmp_pa
         score_to_folder(other, scorer, tmp_path / "out")
 
 
+def test_result_of_another_slide_of_the_same_name_is_not_replaced(tissue_slide, scorer, tmp_path):
+    """Every hospital has a 1.tif in many folders."""
+    for name, seed in (("A", 0), ("B", 1)):
+        (tmp_path / name).mkdir()
+        write_pyramid(tissue_picture(seed=seed), tmp_path / name / "1.tif", mpp=0.5)
+    first, folder = score_to_folder(tmp_path / "A" / "1.tif", scorer, tmp_path / "out")
+    refused = r"holds the result of another slide called 1\.tif .*another --out"
+    with pytest.raises(OutputError, match=refused) as error:
+        score_to_folder(tmp_path / "B" / "1.tif", scorer, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert first.slide.sha256[:12] in str(error.value)
+    assert read_result(folder / "result.json") == first
+    assert os.listdir(tmp_path / "out") == ["1"]
+    score_to_folder(tmp_path / "A" / "1.tif", scorer, tmp_path / "out")  # its own is
+
+
 def test_folder_that_is_no_result_is_not_touched(tissue_slide, scorer, tmp_path):
     (tmp_path / "tissue").mkdir()
     (tmp_path / "tissue" / "thesis.txt").write_text("years of work")
@@ -172,20 +188,44 @@ def test_folder_that_is_no_result_is_not_touched(tissue_slide, scorer, tmp_path)
     assert (tmp_path / "tissue" / "thesis.txt").exists()
 
 
-def test_killed_in_the_middle_leaves_no_result_folder(tissue_slide, bundle, tmp_path):
-    """A real process, a real SIGKILL while the report is written."""
+def score_and_die(slide: Path, bundle: Path, out: Path, deadly: str) -> None:
+    """Score in a real process that a real SIGKILL meets at the line that ``deadly`` arranges."""
     program = (
-        "import os, signal, sys; import s4mil_monai.scoring as s\n"
-        "s.write_report = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom pathlib import Path\nimport s4mil_monai.scoring as s\n"
+        "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{deadly}\n"
         "s.score_to_folder(sys.argv[1], s.load_scorer(sys.argv[2]), sys.argv[3])\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", program, str(tissue_slide), str(bundle), str(tmp_path)], check=False
-    )
+    process = subprocess.run([sys.executable, "-c", program, str(slide), str(bundle), str(out)], check=False)
     assert process.returncode == -9
-    assert not (tmp_path / "tissue").exists()
-    score_to_folder(tissue_slide, load_scorer(bundle), tmp_path)  # and nothing stands in the way
+
+
+def test_killed_in_the_middle_leaves_no_result_folder_and_the_next_one_cleans_up(
+    tissue_slide, scorer, bundle, tmp_path
+):
+    score_and_die(tissue_slide, bundle, tmp_path, "s.write_report = die")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tissue.")
+    assert left.suffix == ".part"
+    score_to_folder(tissue_slide, scorer, tmp_path)  # nothing stands in the way
+    assert os.listdir(tmp_path) == ["tissue"]
     assert (tmp_path / "tissue" / "result.json").exists()
+
+
+def test_killed_between_the_renames_the_earlier_result_gets_its_name_back(
+    tissue_slide, white_slide, scorer, bundle, tmp_path
+):
+    """The earlier one is set aside and the new one has no name yet: the only moment without a result."""
+    _, folder = score_to_folder(tissue_slide, scorer, tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    deadly = (
+        "real = Path.rename\nPath.rename = lambda path, to: die() if path.suffix == '.part' else real(path, to)\n"
+    )
+    score_and_die(tissue_slide, bundle, tmp_path, deadly)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".old", ".part"]
+    score_to_folder(white_slide, scorer, tmp_path)  # another slide's scoring puts it right
+    assert sorted(os.listdir(tmp_path)) == ["tissue", "white"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_encoder_the_bundle_was_not_trained_with_is_refused(bundle):

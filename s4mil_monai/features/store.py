@@ -40,7 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s4mil_monai.errors import FeatureFileError, OutputError
-from s4mil_monai.features.claim import BusyError, claim, name_machine, process_is_gone
+from s4mil_monai.features.claim import BusyError, claim
+from s4mil_monai.processes import name_machine, process_is_gone
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.resolution import SAME_RESOLUTION
 from s4mil_monai.whole_file import sync_folder
