@@ -32,6 +32,7 @@ from s4mil_monai.slides.fingerprint import fingerprint_slide
 from s4mil_monai.slides.isolation import open_isolated
 from s4mil_monai.slides.overrides import Overrides
 from s4mil_monai.slides.slide import Slide
+from s4mil_monai.slides.slide_files import files_of
 from s4mil_monai.timing import Stages
 from s4mil_monai.whole_file import write_whole
 
@@ -284,8 +285,7 @@ def _find_mpp(slide: Path, run: EmbeddingRun) -> float:
 def _changed_at(slide: Path) -> float:
     """When a slide, or the last file of it, was written; 0 where that cannot be told."""
     try:
-        parts = slide.iterdir() if slide.is_dir() else [slide]
-        return max((part.stat().st_mtime for part in parts), default=0.0)
+        return max((file.stat().st_mtime for file in files_of(slide)), default=0.0)
     except OSError:
         return 0.0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s4mil_monai.embedding import EmbeddingRun, embed_slides, report_run
+from s4mil_monai.embedding import EmbeddingRun, _changed_at, embed_slides, report_run
 from s4mil_monai.features.claim import claim
 from s4mil_monai.features.store import load_bag
 from s4mil_monai.result import PatchSettings
@@ -85,6 +85,15 @@ def test_what_is_there_is_left_alone_until_something_changes(slides, run, tmp_pa
     os.utime(slides / "a.tif", (time.time() + 60, time.time() + 60))
     statuses = {Path(slide.slide).name: slide.status for slide in embed_slides(files, run)}
     assert (statuses["a.tif"], statuses["e.tif"]) == ("embedded", "present")
+
+
+def test_slide_of_several_files_has_changed_with_the_last_of_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, written_s in (("a.mrxs", 100), ("a/Data0000.dat", 300), ("b.mrxs", 500)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (written_s, written_s))
+    assert _changed_at(tmp_path / "a.mrxs") == 300
+    assert _changed_at(tmp_path / "gone.svs") == 0
 
 
 def test_slide_whose_level_is_read_as_it_is_counts_as_embedded_at_the_resolution_set(run, tmp_path):
