@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from tifffile import TiffFile
 
 from s4mil_monai.errors import BundleError, OutputError, SlideError
 from s4mil_monai.features.store import load_bag
@@ -90,6 +91,36 @@ def test_streamed_score_is_that_of_the_whole_bag_and_told_on_the_way(scorer, tmp
     assert {patch.index for patch in found.deciding_patches} == set(wanted.winners[0].tolist())
     assert [now.patches for now in told] == [64]
     np.testing.assert_allclose(told[0].probabilities, first.logits[0].softmax(0).tolist(), atol=1e-5)
+
+
+def damage_tile(path: Path, *, number: int) -> None:
+    """Overwrite the pixels of a tile of level 0 with zeros, as a copy with a hole in it has."""
+    with TiffFile(path) as file:
+        page = file.pages[0]
+        offset, count = int(page.dataoffsets[number]), int(page.databytecounts[number])
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(count))
+
+
+def test_slide_with_a_damaged_patch_gets_the_score_of_its_sound_ones_and_is_called_degraded(scorer, tmp_path):
+    picture = np.full((1792, 2048, 3), GLASS, np.uint8)
+    picture[256:1536, 256:1792] = np.tile(tissue_picture()[256:896, 256:1024], (2, 2, 1))  # 6 x 5 patches
+    path = write_pyramid(picture, tmp_path / "hole.tif", mpp=0.5, compression=None)
+    damage_tile(path, number=2 * 8 + 3)  # of 8 in a row
+    found = score_slide(path, scorer, features_path=tmp_path / "f.h5")
+    bag = load_bag(tmp_path / "f.h5")
+    sound = [(x, y) for y in range(256, 1536, 256) for x in range(256, 1792, 256) if (x, y) != (768, 512)]
+    assert found.status == "degraded"
+    assert [finding.code for finding in found.quality.findings if finding.code == "damaged"] == ["damaged"]
+    assert found.patches.top_left_px0 == sound
+    assert bag.top_left_px0.tolist() == [list(corner) for corner in sound]
+    assert len(bag.features) == 29
+    with torch.inference_mode():
+        wanted = scorer.bundle.model(torch.from_numpy(bag.features).unsqueeze(0))
+    np.testing.assert_allclose(found.logits, wanted.logits[0].tolist(), atol=1e-5)
+    np.testing.assert_allclose(found.patches.probabilities, wanted.patch_logits[0].softmax(1).tolist(), atol=1e-5)
+    assert {patch.index for patch in found.deciding_patches} == set(wanted.winners[0].tolist())
 
 
 def test_result_comes_back_from_its_json(result, tmp_path):
