@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from s4mil_monai import __version__
-from s4mil_monai.errors import OutputError
+from s4mil_monai.errors import OutputError, SlideError
 from s4mil_monai.features.claim import BusyError, claim
 from s4mil_monai.features.encoder import Encoder
 from s4mil_monai.features.extract import Extraction, Progress
@@ -31,6 +31,8 @@ from s4mil_monai.result import EncoderRecord, PatchSettings, QualityRecord
 from s4mil_monai.slides.fingerprint import fingerprint_slide
 from s4mil_monai.slides.isolation import open_isolated
 from s4mil_monai.slides.overrides import Overrides
+from s4mil_monai.slides.slide import Slide
+from s4mil_monai.slides.slide_files import files_of
 from s4mil_monai.timing import Stages
 from s4mil_monai.whole_file import write_whole
 
@@ -103,9 +105,17 @@ class EmbeddingRun:
     patch_stage: str = "auto"
     batch_size: int = 16
 
+    def open_slide(self, slide: Path) -> Slide:
+        """Open one of them.
+
+        Raises:
+            SlideError: It cannot be.
+        """
+        return open_isolated(slide, assume_mpp=self.assume_mpp, overrides=self.overrides, backends=self.backends)
+
     @property
     def wanted(self) -> WantedFeatures:
-        """Facts that a feature file must have to be left as it is."""
+        """Facts that a feature file must have to be left as it is, less those that differ from slide to slide."""
         return WantedFeatures(
             encoder=self.encoder.spec.name,
             encoder_sha256=self.encoder.fingerprint,
@@ -168,9 +178,7 @@ class SlideEmbedding:
         run = self.run
         return stream_all(
             self._claim_each(),
-            lambda slide: open_isolated(
-                slide, assume_mpp=run.assume_mpp, overrides=run.overrides, backends=run.backends
-            ),
+            run.open_slide,
             run.encoder.spec,
             run.settings,
             device=run.encoder.device,
@@ -184,7 +192,7 @@ class SlideEmbedding:
             with ExitStack() as stack:
                 try:
                     stack.enter_context(claim(file))
-                    reason = _reason_to_embed(slide, file, self.run.wanted)
+                    reason = _reason_to_embed(slide, file, self.run)
                 except BusyError as busy:
                     self._skip(slide, "busy", busy.reason)
                     continue
@@ -244,19 +252,40 @@ def embed_slides(
     yield from embedding.done[told:]
 
 
-def _reason_to_embed(slide: Path, file: Path, wanted: WantedFeatures) -> str | None:
-    """Why a slide is to be embedded; its content is only compared where it was written after its features."""
-    reason = find_reason_to_embed(file, wanted)
-    if reason is None and _changed_at(slide) > file.stat().st_mtime:
-        return find_reason_to_embed(file, replace(wanted, slide_sha256=fingerprint_slide(slide)))
-    return reason
+def _reason_to_embed(slide: Path, file: Path, run: EmbeddingRun) -> str | None:
+    """Why a slide is to be embedded; None where its features are what is wanted.
+
+    What costs more is looked at last: its resolution, for which its header is read, and its content, which is
+    compared only where it was written after its features.
+    """
+    reason = find_reason_to_embed(file, run.wanted)
+    if reason is not None:
+        return reason
+    try:
+        wanted = replace(run.wanted, slide_mpp=_find_mpp(slide, run))
+    except SlideError as error:
+        return error.reason  # embedding it says so, and leaves the file as it is
+    if _changed_at(slide) > file.stat().st_mtime:
+        wanted = replace(wanted, slide_sha256=fingerprint_slide(slide))
+    return find_reason_to_embed(file, wanted)
+
+
+def _find_mpp(slide: Path, run: EmbeddingRun) -> float:
+    """µm per level-0 pixel of a slide, as its file and the site's table say it now.
+
+    Raises:
+        SlideError: It cannot be opened, or nobody says it.
+    """
+    if run.assume_mpp is not None:
+        return run.assume_mpp
+    with run.open_slide(slide) as opened:
+        return opened.mpp
 
 
 def _changed_at(slide: Path) -> float:
     """When a slide, or the last file of it, was written; 0 where that cannot be told."""
     try:
-        parts = slide.iterdir() if slide.is_dir() else [slide]
-        return max((part.stat().st_mtime for part in parts), default=0.0)
+        return max((file.stat().st_mtime for file in files_of(slide)), default=0.0)
     except OSError:
         return 0.0
 

@@ -352,15 +352,16 @@ def recall_embedded(prepared: PreparedSlide, scorer: Scorer, bag: FeatureBag) ->
     return EmbeddedSlide(recall(prepared, bag), reader)
 
 
-def wanted_features(scorer: Scorer, slide_sha256: str) -> WantedFeatures:
-    """What kept features must be to be those of a slide for this model."""
+def wanted_features(scorer: Scorer, prepared: PreparedSlide) -> WantedFeatures:
+    """What kept features must be to be those of a slide for this model; waits for the slide's fingerprint."""
     return WantedFeatures(
         encoder=scorer.encoder.spec.name,
         encoder_sha256=scorer.encoder.fingerprint,
         settings=scorer.bundle.settings.patches,
         encoder_runtime=scorer.encoder.runtime,
         encoder_precision=scorer.encoder.precision,
-        slide_sha256=slide_sha256,
+        slide_sha256=prepared.fingerprint.result(),
+        slide_mpp=prepared.slide.mpp,
     )
 
 

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from s4mil_monai.embedding import EmbeddingRun, embed_slides, report_run
+from s4mil_monai.embedding import EmbeddingRun, _changed_at, embed_slides, report_run
 from s4mil_monai.features.claim import claim
 from s4mil_monai.features.store import load_bag
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.folder import find_slides, name_outputs
+from s4mil_monai.slides.overrides import Override, Overrides
 from s4mil_monai.slides.pyramid import write_pyramid
 from tests.conftest import tissue_picture
 
@@ -85,11 +87,47 @@ def test_what_is_there_is_left_alone_until_something_changes(slides, run, tmp_pa
     assert (statuses["a.tif"], statuses["e.tif"]) == ("embedded", "present")
 
 
+def test_slide_of_several_files_has_changed_with_the_last_of_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, written_s in (("a.mrxs", 100), ("a/Data0000.dat", 300), ("b.mrxs", 500)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (written_s, written_s))
+    assert _changed_at(tmp_path / "a.mrxs") == 300
+    assert _changed_at(tmp_path / "gone.svs") == 0
+
+
 def test_slide_whose_level_is_read_as_it_is_counts_as_embedded_at_the_resolution_set(run, tmp_path):
     slide = write_pyramid(tissue_picture(), tmp_path / "near.tif", mpp=0.499)
     files = {slide: tmp_path / "near.h5"}
     assert [slide.status for slide in embed_slides(files, run)] == ["embedded"]
     assert [slide.status for slide in embed_slides(files, run)] == ["present"]
+
+
+def test_features_of_a_resolution_that_was_corrected_since_are_made_anew(tissue_slide, run, tmp_path):
+    files = {tissue_slide: tmp_path / "kept.h5"}
+
+    def embed(mpp: float):
+        (done,) = embed_slides(files, replace(run, overrides=Overrides((Override(mpp, slide="*.tif"),))))
+        return done
+
+    assert (embed(0.25).patches, embed(0.25).status) == (2, "present")  # fewer are 512 px wide
+    anew = embed(0.5)
+    assert (anew.status, anew.patches, anew.mpp) == ("embedded", 12, 0.5)
+    assert anew.reason == "slide resolution in µm/px: 0.25, wanted 0.5"
+    assert load_bag(files[tissue_slide]).origin.slide_mpp == 0.5
+    assert [slide.status for slide in embed_slides(files, run)] == ["present"]  # as the file itself says
+
+
+def test_features_of_a_slide_whose_resolution_nobody_knows_any_more_are_not_called_present(run, tmp_path):
+    slide = write_pyramid(tissue_picture(), tmp_path / "silent.tif", mpp=None)
+    files = {slide: tmp_path / "silent.h5"}
+    told = replace(run, overrides=Overrides((Override(0.5, slide="silent.tif"),)))
+    assert [slide.status for slide in embed_slides(files, told)] == ["embedded"]
+    kept = files[slide].read_bytes()
+    (done,) = embed_slides(files, run)
+    assert done.status == "failed"
+    assert "no microns-per-pixel in the file" in done.reason
+    assert files[slide].read_bytes() == kept
 
 
 def test_a_slide_another_process_works_on_is_left_to_it(slides, run, tmp_path):

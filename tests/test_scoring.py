@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from tifffile import TiffFile
 
 from s4mil_monai.errors import BundleError, OutputError, SlideError
 from s4mil_monai.features.store import load_bag
@@ -96,6 +97,36 @@ def test_streamed_score_is_that_of_the_whole_bag_and_told_on_the_way(scorer, tmp
     np.testing.assert_allclose(told[0].probabilities, first.logits[0].softmax(0).tolist(), atol=1e-5)
 
 
+def damage_tile(path: Path, *, number: int) -> None:
+    """Overwrite the pixels of a tile of level 0 with zeros, as a copy with a hole in it has."""
+    with TiffFile(path) as file:
+        page = file.pages[0]
+        offset, count = int(page.dataoffsets[number]), int(page.databytecounts[number])
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(count))
+
+
+def test_slide_with_a_damaged_patch_gets_the_score_of_its_sound_ones_and_is_called_degraded(scorer, tmp_path):
+    picture = np.full((1792, 2048, 3), GLASS, np.uint8)
+    picture[256:1536, 256:1792] = np.tile(tissue_picture()[256:896, 256:1024], (2, 2, 1))  # 6 x 5 patches
+    path = write_pyramid(picture, tmp_path / "hole.tif", mpp=0.5, compression=None)
+    damage_tile(path, number=2 * 8 + 3)  # of 8 in a row
+    found = score_slide(path, scorer, features_path=tmp_path / "f.h5")
+    bag = load_bag(tmp_path / "f.h5")
+    sound = [(x, y) for y in range(256, 1536, 256) for x in range(256, 1792, 256) if (x, y) != (768, 512)]
+    assert found.status == "degraded"
+    assert [finding.code for finding in found.quality.findings if finding.code == "damaged"] == ["damaged"]
+    assert found.patches.top_left_px0 == sound
+    assert bag.top_left_px0.tolist() == [list(corner) for corner in sound]
+    assert len(bag.features) == 29
+    with torch.inference_mode():
+        wanted = scorer.bundle.model(torch.from_numpy(bag.features).unsqueeze(0))
+    np.testing.assert_allclose(found.logits, wanted.logits[0].tolist(), atol=1e-5)
+    np.testing.assert_allclose(found.patches.probabilities, wanted.patch_logits[0].softmax(1).tolist(), atol=1e-5)
+    assert {patch.index for patch in found.deciding_patches} == set(wanted.winners[0].tolist())
+
+
 def test_result_comes_back_from_its_json(result, tmp_path):
     (tmp_path / "result.json").write_text(result.to_json())
     assert read_result(tmp_path / "result.json") == result
@@ -168,6 +199,22 @@ def test_folder_of_another_slide_is_not_overwritten(tissue_slide, scorer, tmp_pa
         score_to_folder(other, scorer, tmp_path / "out")
 
 
+def test_result_of_another_slide_of_the_same_name_is_not_replaced(tissue_slide, scorer, tmp_path):
+    """Every hospital has a 1.tif in many folders."""
+    for name, seed in (("A", 0), ("B", 1)):
+        (tmp_path / name).mkdir()
+        write_pyramid(tissue_picture(seed=seed), tmp_path / name / "1.tif", mpp=0.5)
+    first, folder = score_to_folder(tmp_path / "A" / "1.tif", scorer, tmp_path / "out")
+    refused = r"holds the result of another slide called 1\.tif .*another --out"
+    with pytest.raises(OutputError, match=refused) as error:
+        score_to_folder(tmp_path / "B" / "1.tif", scorer, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert first.slide.sha256[:12] in str(error.value)
+    assert read_result(folder / "result.json") == first
+    assert os.listdir(tmp_path / "out") == ["1"]
+    score_to_folder(tmp_path / "A" / "1.tif", scorer, tmp_path / "out")  # its own is
+
+
 def test_folder_that_is_no_result_is_not_touched(tissue_slide, scorer, tmp_path):
     (tmp_path / "tissue").mkdir()
     (tmp_path / "tissue" / "thesis.txt").write_text("years of work")
@@ -176,20 +223,44 @@ def test_folder_that_is_no_result_is_not_touched(tissue_slide, scorer, tmp_path)
     assert (tmp_path / "tissue" / "thesis.txt").exists()
 
 
-def test_killed_in_the_middle_leaves_no_result_folder(tissue_slide, bundle, tmp_path):
-    """A real process, a real SIGKILL while the report is written."""
+def score_and_die(slide: Path, bundle: Path, out: Path, deadly: str) -> None:
+    """Score in a real process that a real SIGKILL meets at the line that ``deadly`` arranges."""
     program = (
-        "import os, signal, sys; import s4mil_monai.scoring as s\n"
-        "s.write_report = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys\nfrom pathlib import Path\nimport s4mil_monai.scoring as s\n"
+        "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{deadly}\n"
         "s.score_to_folder(sys.argv[1], s.load_scorer(sys.argv[2]), sys.argv[3])\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", program, str(tissue_slide), str(bundle), str(tmp_path)], check=False
-    )
+    process = subprocess.run([sys.executable, "-c", program, str(slide), str(bundle), str(out)], check=False)
     assert process.returncode == -9
-    assert not (tmp_path / "tissue").exists()
-    score_to_folder(tissue_slide, load_scorer(bundle), tmp_path)  # and nothing stands in the way
+
+
+def test_killed_in_the_middle_leaves_no_result_folder_and_the_next_one_cleans_up(
+    tissue_slide, scorer, bundle, tmp_path
+):
+    score_and_die(tissue_slide, bundle, tmp_path, "s.write_report = die")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tissue.")
+    assert left.suffix == ".part"
+    score_to_folder(tissue_slide, scorer, tmp_path)  # nothing stands in the way
+    assert os.listdir(tmp_path) == ["tissue"]
     assert (tmp_path / "tissue" / "result.json").exists()
+
+
+def test_killed_between_the_renames_the_earlier_result_gets_its_name_back(
+    tissue_slide, white_slide, scorer, bundle, tmp_path
+):
+    """The earlier one is set aside and the new one has no name yet: the only moment without a result."""
+    _, folder = score_to_folder(tissue_slide, scorer, tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    deadly = (
+        "real = Path.rename\nPath.rename = lambda path, to: die() if path.suffix == '.part' else real(path, to)\n"
+    )
+    score_and_die(tissue_slide, bundle, tmp_path, deadly)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".old", ".part"]
+    score_to_folder(white_slide, scorer, tmp_path)  # another slide's scoring puts it right
+    assert sorted(os.listdir(tmp_path)) == ["tissue", "white"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_encoder_the_bundle_was_not_trained_with_is_refused(bundle):

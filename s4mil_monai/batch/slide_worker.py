@@ -228,10 +228,9 @@ class SlideWorker:
         """The slide with features that were kept, if they are what this model wants."""
         if self._settings.features is None:
             return None
-        slide = prepared.fingerprint.result()
-        kept = self._settings.features / f"{slide}.h5"
+        kept = self._settings.features / f"{prepared.fingerprint.result()}.h5"
         with suppress(FeatureFileError):
-            if find_reason_to_embed(kept, wanted_features(self.scorer, slide)) is None:
+            if find_reason_to_embed(kept, wanted_features(self.scorer, prepared)) is None:
                 return recall_embedded(prepared, self.scorer, load_bag(kept))
         return None
 

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from s4mil_monai.errors import OutputError, PathError
+from s4mil_monai.processes import describe_me, has_ended, name_machine
 
 STALE_S = 24 * 3600.0
 """After this long, a claim by name whose owner cannot be seen is nobody's. No slide takes a day."""
@@ -223,55 +223,3 @@ def _disown(owner: Path, pid: int) -> None:
     with suppress(OSError):
         if os.getpid() == pid and owner.read_text(encoding="utf-8") == describe_me():
             owner.unlink()
-
-
-def describe_me() -> str:
-    pid = os.getpid()
-    return json.dumps({"machine": name_machine(), "pid": pid, "started": _started(pid)})
-
-
-# Processes ----------------------------------------------------------------------------------------------------
-
-
-def name_machine() -> str:
-    """The machine, and where Linux says so the space of process numbers: containers may share a host's name."""
-    name = socket.gethostname().replace("/", "-")
-    with suppress(OSError):
-        return f"{name}-{os.stat('/proc/self/ns/pid').st_ino}"
-    return name
-
-
-def has_ended(facts: dict[str, Any]) -> bool:
-    """Whether the process of this machine that wrote these facts is gone, or another has its number now."""
-    pid, started = facts.get("pid"), facts.get("started")
-    if not isinstance(pid, int):
-        return False
-    now = _started(pid)
-    return now is None or bool(now and started and now != started)
-
-
-def process_is_gone(pid: int) -> bool:
-    """Whether no process of this machine has the number."""
-    if pid <= 0:  # for the kernel, groups of processes
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OverflowError:
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks; tells it from a later one with the same number.
-
-    None for a process that is gone; empty where the system does not tell.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None if process_is_gone(pid) else ""
-    return stat.rpartition(")")[2].split()[19]

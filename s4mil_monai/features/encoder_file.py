@@ -38,7 +38,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(gt=0)]
 
-TORCHSCRIPT = (".ts", ".pt")
 PROBE = 2
 """Patches of the batch that a model is tried with."""
 

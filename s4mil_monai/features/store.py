@@ -40,7 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from s4mil_monai.errors import FeatureFileError, OutputError
-from s4mil_monai.features.claim import BusyError, claim, name_machine, process_is_gone
+from s4mil_monai.features.claim import BusyError, claim
+from s4mil_monai.processes import name_machine, process_is_gone
 from s4mil_monai.result import PatchSettings
 from s4mil_monai.slides.resolution import SAME_RESOLUTION
 from s4mil_monai.whole_file import sync_folder
@@ -132,7 +133,7 @@ class WantedFeatures:
     patch_stage: str | None = None
     slide_sha256: str | None = None
     slide_mpp: float | None = None
-    """µm per level-0 pixel, where the operator sets it."""
+    """µm per level-0 pixel, as the operator's table or the slide says it now: it may have been corrected since."""
 
 
 @dataclass(frozen=True)

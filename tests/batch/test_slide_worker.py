@@ -32,6 +32,35 @@ def work(site):
     return Work("lease", fingerprint_slide(slide), slide, site.folder / "part")
 
 
+def test_features_kept_under_a_resolution_that_was_corrected_since_are_not_used(site, work):
+    """Nor does the score rest on them: it is that of a slide scored for the first time."""
+
+    def score(mpp: float, **settings):
+        (site.folder / "resolutions.csv").write_text(f"slide,scanner,mpp\na.tif,,{mpp}\n")
+        site.configure(resolutions="resolutions.csv", ignore_quality=True, **settings)
+        worker = SlideWorker(read_checked_site(site.file, default_bundle=lambda: site.bundle).worker_settings())
+        opened = worker.prepare(work)
+        assert isinstance(opened, Opened)
+        kept = worker._recall(opened.found) is not None  # type: ignore[arg-type]
+        embedded = worker.embed(opened)
+        assert isinstance(embedded, Opened)
+        assert isinstance(worker.write(embedded), Scored)
+        return kept, embedded.result
+
+    features = {"features": "kept"}
+    assert score(0.25, **features)[0] is False
+    assert score(0.25, **features)[0] is True
+    kept, result = score(0.5, **features)
+    fresh = score(0.5)[1]
+    assert kept is False
+    assert result.patches is not None
+    assert (result.slide.mpp, len(result.patches.top_left_px0), result.patches.side_px0) == (0.5, 12, 256)
+    assert result.patches == fresh.patches
+    assert result.logits == fresh.logits
+    (file,) = (site.folder / "kept").iterdir()
+    assert load_bag(file).origin.slide_mpp == 0.5
+
+
 def given_up():
     raise EndedElsewhereError
     yield
