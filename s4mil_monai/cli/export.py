@@ -38,7 +38,7 @@ def export(
         targets: Compute capabilities for TensorRT for RTX, such as 8.6,8.9; this machine's GPU by default.
         features: Folder of feature files (s4mil embed) whose slides are compared too, beside random ones.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 64 <= chunk <= LARGEST_CHUNK or chunk % 64:
+    if not 64 <= chunk <= LARGEST_CHUNK or chunk % 64:
         raise UsageError(f"--chunk is a multiple of 64 patches, at most {LARGEST_CHUNK}, got {chunk!r}")
     if to != "tensorrt" and (library or targets):
         raise UsageError("--library and --targets go with --to tensorrt")

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from s4mil_monai.slides.overrides import Overrides
 
 
+LEAST_SIDE_PX = 16
+"""Of a patch; as :class:`~s4mil_monai.result.PatchSettings` has it."""
+
+
 def as_patch_stage(name: str) -> str:
     """The same name, if there is such a patch stage."""
     from s4mil_monai.features.patch_stage import choose_patch_batches
@@ -62,8 +66,6 @@ def as_overrides(path: str | None) -> Overrides | None:
 
 def as_hospital_writer(dicom: bool, studies: str | None) -> HospitalWriter | None:
     """What writes DICOM and FHIR, if that is asked for."""
-    if not isinstance(dicom, bool):
-        raise UsageError(f"--dicom takes no value, got {dicom!r}")
     if not dicom:
         if studies is not None:
             raise UsageError("--studies is for --dicom")
@@ -80,9 +82,10 @@ def as_patch_settings(
     from s4mil_monai.result import PatchSettings
 
     require_positive("mpp", mpp)
-    require_positive("side_px", side_px)
     require_share("min_tissue", min_tissue)
-    if not isinstance(overlap_px, int) or not 0 <= overlap_px < side_px:
+    if side_px < LEAST_SIDE_PX:
+        raise UsageError(f"--side_px is at least {LEAST_SIDE_PX}, got {side_px}")
+    if not 0 <= overlap_px < side_px:
         raise UsageError(f"--overlap_px is at least 0 and less than {side_px}, got {overlap_px!r}")
     return PatchSettings(
         mpp=mpp,

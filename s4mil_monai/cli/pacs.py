@@ -50,8 +50,6 @@ def pacs(
     """
     require_positive("timeout_s", timeout_s)
     require_positive("batch_size", batch_size)
-    if not isinstance(retry_failed, bool):
-        raise UsageError(f"--retry_failed takes no value, got {retry_failed!r}")
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"URL begins with http:// or https://, got {url}")
     from s4mil_monai.pacs.dimse import parse_target, send_files
