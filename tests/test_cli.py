@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -98,7 +99,11 @@ def test_resolutions_of_the_site_win_over_the_file(s4mil, tissue_slide, tmp_path
 
 def test_features_are_verified_and_a_changed_byte_is_found(s4mil, tissue_slide, tmp_path):
     s4mil("embed", tissue_slide, "--out", tmp_path / "features", "--runtime", "torch")
-    assert s4mil("features", "verify", tmp_path / "features") == (0, [f"{tmp_path}/features: nothing wrong"], [])
+    assert s4mil("features", "verify", tmp_path / "features") == (
+        0,
+        [f"{tmp_path}/features: 1 feature files, nothing wrong"],
+        [],
+    )
     file = tmp_path / "features" / "tissue.h5"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -106,6 +111,47 @@ def test_features_are_verified_and_a_changed_byte_is_found(s4mil, tissue_slide, 
     code, out, complaint = s4mil("features", "verify", tmp_path / "features")
     assert (code, out) == (1, [])
     assert complaint[0].startswith(f"s4mil: {file}: ")
+
+
+def test_a_folder_without_feature_files_is_not_found_to_be_in_order(s4mil, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, out, complaint = s4mil("features", "verify", tmp_path / "empty")
+    assert (code, out, complaint) == (1, [], [f"s4mil: {tmp_path}/empty: holds no feature files"])
+
+
+@pytest.mark.parametrize("command", ["score", "inspect"])
+def test_a_folder_of_several_slides_is_refused_though_one_of_them_is_dicom(
+    s4mil, command, tissue_slide, dicom_slide, tmp_path
+):
+    folder = tmp_path / "slides"
+    shutil.copytree(dicom_slide, folder)
+    for name in ("a.svs", "b.tif"):
+        shutil.copy(tissue_slide, folder / name)
+    code, out, complaint = s4mil(command, folder)
+    advice = f"{command} takes one: name the file, or use `s4mil batch run`"
+    assert (code, out, complaint) == (2, [], [f"s4mil: {folder}: holds 3 slides; {advice}"])
+
+
+def test_a_folder_with_one_dicom_slide_is_that_slide_and_one_with_another_file_is_none(
+    s4mil, tissue_slide, dicom_slide, tmp_path
+):
+    assert s4mil("inspect", dicom_slide, "--encoder", "none")[0] == 0
+    (tmp_path / "slides").mkdir()
+    shutil.copy(tissue_slide, tmp_path / "slides" / "a.tif")
+    code, _, complaint = s4mil("inspect", tmp_path / "slides")
+    assert code == 2
+    assert complaint[0].endswith(f"slides: is no slide but holds one; name it: {tmp_path}/slides/a.tif")
+
+
+def test_inspection_of_a_slide_without_tissue_leaves_as_score_does(s4mil, white_slide):
+    code, _, complaint = s4mil("inspect", white_slide, "--encoder", "none")
+    assert (code, len(complaint)) == (EXIT_NO_SCORE, 1)
+
+
+def test_inspection_takes_the_weights_that_the_encoder_lacks(s4mil, tissue_slide):
+    options = ("--encoder", "resnet50_block3", "--encoder_weights", "gone.pt")
+    code, _, complaint = s4mil("inspect", tissue_slide, *options)
+    assert (code, complaint) == (1, ["s4mil: gone.pt: there is no such weights file"])
 
 
 def test_features_of_clam_are_taken_over(s4mil, tmp_path):
@@ -421,3 +467,14 @@ def test_exported_step_that_is_not_there_is_named_before_a_slide_is_read(s4mil, 
     assert (code, out) == (1, [])
     assert complaint[0].endswith("models/step_float32.onnx: is not there; make it with s4mil export")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(find_spec("holoscan") is None, reason="Holoscan is not installed")
+def test_a_model_is_registered_without_a_word_about_the_stack(tmp_path):
+    """In a process of its own: this one has a larger stack, and has imported MONAI."""
+    command = [sys.executable, "-m", "s4mil_monai", "register", str(tmp_path), "--name", "x"]
+    small = 'ulimit -s 8192; exec "$@"'
+    done = subprocess.run(["bash", "-c", small, "bash", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"s4mil: {tmp_path}: is neither the folder of a training")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from s4mil_monai.cli.usage import UsageError, require_positive, require_share
-from s4mil_monai.errors import BundleError, UnknownNameError, first_line
+from s4mil_monai.cli.usage import UsageError, require_positive, require_share, require_slide
+from s4mil_monai.errors import BundleError, MissingExtraError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from s4mil_monai.outputs.hospital import HospitalWriter
@@ -16,6 +17,34 @@ if TYPE_CHECKING:
 
 LEAST_SIDE_PX = 16
 """Of a patch; as :class:`~s4mil_monai.result.PatchSettings` has it."""
+
+
+def require_one_slide(path: str, *, command: str) -> None:
+    """Refuse a folder that holds anything but one DICOM slide: of several, one would be taken in silence.
+
+    Args:
+        path: A slide file, which may be anything, or a folder.
+        command: Which takes one slide, for the error.
+    """
+    require_slide(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    from s4mil_monai.slides.mixed_folder import survey_folder
+
+    try:
+        with TemporaryDirectory() as links:
+            survey = survey_folder(folder, Path(links))
+    except MissingExtraError:  # DICOM, without what tells one series from another; the reader counts them too
+        return
+    names = [slide.file for slide in survey.slides]
+    if len(names) > 1:
+        advice = f"{command} takes one: name the file, or use `s4mil batch run`"
+        raise UsageError(f"{path}: holds {len(names)} slides; {advice}")
+    if not names:
+        raise UsageError(f"{path}: holds no slides; name a slide file, or the folder of a DICOM slide")
+    if survey.slides[0].path == folder / names[0] or Path(names[0]).parent != Path():
+        raise UsageError(f"{path}: is no slide but holds one; name it: {folder / names[0]}")
 
 
 def as_patch_stage(name: str) -> str:
@@ -52,7 +81,9 @@ def shipped_bundle() -> Path:
     bundle = Path(__file__).resolve().parents[2] / "bundles" / "s4mil_slide"
     if not bundle.is_dir():
         raise BundleError(
-            str(bundle), "bundles come with the source, not with the package; give one with --bundle"
+            str(bundle),
+            "bundles come with the source, not with the package; "
+            "give one with --bundle, or `bundle:` in site.yaml",
         )
     return bundle
 
