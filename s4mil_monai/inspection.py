@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from s4mil_monai.errors import OutputError, SlideError
+from s4mil_monai.errors import NoTissueError, OutputError, SlideError
 from s4mil_monai.features.encoder import Encoder
 from s4mil_monai.features.patch_batches import torch_batches
 from s4mil_monai.features.patch_stream import BATCHES_AHEAD, read_in_turns
@@ -78,6 +78,8 @@ class Inspection(_Record):
     estimate: Estimate | None = None
     refused: str = ""
     """Why the slide would not be embedded."""
+    without_tissue: bool = False
+    """Whether that is why: a slide that can be read and gets no score."""
 
 
 def inspect_slide(
@@ -97,7 +99,8 @@ def inspect_slide(
     try:
         prepared = prepare_slide(slide, settings)
     except SlideError as error:
-        return _facts(slide, settings, refused=error.reason)
+        blank = isinstance(error, NoTissueError)
+        return _facts(slide, settings, refused=error.reason, without_tissue=blank)
     if picture is not None:
         write_tissue_picture(prepared.tissue, prepared.grid, picture)
     return _facts(

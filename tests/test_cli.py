@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import h5py
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from s4mil_monai.cli.console import EXIT_NO_SCORE, ProgressBar
-from s4mil_monai.cli.main import main
+from s4mil_monai.cli.main import COMMANDS, main
 from s4mil_monai.features.store import load_bag
 from s4mil_monai.outputs.tissue_picture import PATCH, TISSUE
 from s4mil_monai.result import read_result
@@ -97,7 +99,11 @@ def test_resolutions_of_the_site_win_over_the_file(s4mil, tissue_slide, tmp_path
 
 def test_features_are_verified_and_a_changed_byte_is_found(s4mil, tissue_slide, tmp_path):
     s4mil("embed", tissue_slide, "--out", tmp_path / "features", "--runtime", "torch")
-    assert s4mil("features", "verify", tmp_path / "features") == (0, [f"{tmp_path}/features: nothing wrong"], [])
+    assert s4mil("features", "verify", tmp_path / "features") == (
+        0,
+        [f"{tmp_path}/features: 1 feature files, nothing wrong"],
+        [],
+    )
     file = tmp_path / "features" / "tissue.h5"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -105,6 +111,47 @@ def test_features_are_verified_and_a_changed_byte_is_found(s4mil, tissue_slide, 
     code, out, complaint = s4mil("features", "verify", tmp_path / "features")
     assert (code, out) == (1, [])
     assert complaint[0].startswith(f"s4mil: {file}: ")
+
+
+def test_a_folder_without_feature_files_is_not_found_to_be_in_order(s4mil, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, out, complaint = s4mil("features", "verify", tmp_path / "empty")
+    assert (code, out, complaint) == (1, [], [f"s4mil: {tmp_path}/empty: holds no feature files"])
+
+
+@pytest.mark.parametrize("command", ["score", "inspect"])
+def test_a_folder_of_several_slides_is_refused_though_one_of_them_is_dicom(
+    s4mil, command, tissue_slide, dicom_slide, tmp_path
+):
+    folder = tmp_path / "slides"
+    shutil.copytree(dicom_slide, folder)
+    for name in ("a.svs", "b.tif"):
+        shutil.copy(tissue_slide, folder / name)
+    code, out, complaint = s4mil(command, folder)
+    advice = f"{command} takes one: name the file, or use `s4mil batch run`"
+    assert (code, out, complaint) == (2, [], [f"s4mil: {folder}: holds 3 slides; {advice}"])
+
+
+def test_a_folder_with_one_dicom_slide_is_that_slide_and_one_with_another_file_is_none(
+    s4mil, tissue_slide, dicom_slide, tmp_path
+):
+    assert s4mil("inspect", dicom_slide, "--encoder", "none")[0] == 0
+    (tmp_path / "slides").mkdir()
+    shutil.copy(tissue_slide, tmp_path / "slides" / "a.tif")
+    code, _, complaint = s4mil("inspect", tmp_path / "slides")
+    assert code == 2
+    assert complaint[0].endswith(f"slides: is no slide but holds one; name it: {tmp_path}/slides/a.tif")
+
+
+def test_inspection_of_a_slide_without_tissue_leaves_as_score_does(s4mil, white_slide):
+    code, _, complaint = s4mil("inspect", white_slide, "--encoder", "none")
+    assert (code, len(complaint)) == (EXIT_NO_SCORE, 1)
+
+
+def test_inspection_takes_the_weights_that_the_encoder_lacks(s4mil, tissue_slide):
+    options = ("--encoder", "resnet50_block3", "--encoder_weights", "gone.pt")
+    code, _, complaint = s4mil("inspect", tissue_slide, *options)
+    assert (code, complaint) == (1, ["s4mil: gone.pt: there is no such weights file"])
 
 
 def test_features_of_clam_are_taken_over(s4mil, tmp_path):
@@ -132,6 +179,44 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
         (["score", "nowhere.svs"], 2, "nowhere.svs: there is no such slide"),
         (["score"], 2, "score needs SLIDE"),
         (["score", "a", "b"], 2, "score takes 1 argument(s), got also 'b'"),
+        (["score", "SLIDE", "--ignore_quality", "no"], 2, "--ignore_quality takes no value, got 'no'"),
+        (["score", "SLIDE", "--ignore_quality=perhaps"], 2, "--ignore_quality takes no value, got 'perhaps'"),
+        (["score", "SLIDE", "--dicom", "yes"], 2, "--dicom takes no value, got 'yes'"),
+        (["pacs", "http://127.0.0.1:9", "--retry_failed", "0"], 2, "--retry_failed takes no value, got '0'"),
+        (["batch", "retry", "--config", "x.yaml", "--all", "1"], 2, "--all takes no value, got '1'"),
+        (["score", "SLIDE", "--out"], 2, "--out needs a value"),
+        (["score", "SLIDE", "-o"], 2, "--out needs a value"),
+        (["score", "SLIDE", "--out="], 2, "--out needs a value"),
+        (["score", "SLIDE", "--out", "--dicom"], 2, "--out needs a value"),
+        (["score", "SLIDE", "--assume_mpp"], 2, "--assume_mpp needs a value"),
+        (["batch", "run", "--config"], 2, "--config needs a value"),
+        (["score", "SLIDE", "--batch_size", "2.5"], 2, "--batch_size is a whole number, got '2.5'"),
+        (["score", "SLIDE", "--batch_size", "0"], 2, "--batch_size is a positive number, got 0"),
+        (["score", "SLIDE", "--batch_size", "9" * 30], 2, "--batch_size is a whole number up to 2147483647"),
+        (["embed", "SLIDE", "--batch_size", "2.5"], 2, "--batch_size is a whole number, got '2.5'"),
+        (["embed", "SLIDE", "--overlap_px", "1.5"], 2, "--overlap_px is a whole number, got '1.5'"),
+        (["embed", "SLIDE", "--overlap_px", "-1"], 2, "--overlap_px is at least 0 and less than 256, got -1"),
+        (["inspect", "SLIDE", "--side_px", "256.5"], 2, "--side_px is a whole number, got '256.5'"),
+        (["inspect", "SLIDE", "--side_px", "8"], 2, "--side_px is at least 16, got 8"),
+        (["experiment", "x.yaml", "--workers", "1.5"], 2, "--workers is a whole number, got '1.5'"),
+        (["experiment", "x.yaml", "--workers", "many"], 2, "--workers is a whole number, got 'many'"),
+        (["pacs", "http://127.0.0.1:9", "--batch_size", "2.5"], 2, "--batch_size is a whole number"),
+        (["batch", "reference", "--config", "x.yaml", "--slides", "2.5"], 2, "--slides is a whole number"),
+        (
+            ["features", "import", "x.pt", "--out", "y.h5", "--patch_side_px", "2.5"],
+            2,
+            "--patch_side_px is a whole number",
+        ),
+        (
+            ["calibrate", "x.csv", "--bundle", "b", "--model", "m", "--seed", "0.5"],
+            2,
+            "--seed is a whole number",
+        ),
+        (["--bogus"], 2, "unknown option --bogus; see s4mil --help"),
+        (["-x", "score"], 2, "unknown option -x; see s4mil --help"),
+        (["score", "SLIDE", "--aggregator_runtime", "foo"], 2, "unknown aggregator runtime 'foo'; known: auto"),
+        (["embed", "SLIDE", "--runtime", "foo"], 2, "unknown encoder runtime 'foo'; known: torch"),
+        (["embed", "SLIDE", "--encoder", "nope"], 2, "unknown encoder 'nope'; known: resnet50_block3"),
         (["socre", "a"], 2, "unknown command 'socre'; known: score, inspect, embed, features verify"),
         (["features", "vrefy"], 2, "unknown command 'features vrefy'; known: features verify, features import"),
         (["inspect", "SLIDE", "--overlap_px", "256"], 2, "--overlap_px is at least 0 and less than 256, got 256"),
@@ -147,10 +232,10 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
         (["score", "SLIDE", "--assume_mpp=-1"], 2, "--assume_mpp is a positive number, got -1"),
         (
             ["score", "SLIDE", "--encoder", "vgg"],
-            1,
+            2,
             "unknown encoder 'vgg'; known: resnet50_block3, efficientnet_lite0",
         ),
-        (["score", "SLIDE", "--patch_stage", "cv"], 1, "unknown patch stage 'cv'; known: torch, dali, auto"),
+        (["score", "SLIDE", "--patch_stage", "cv"], 2, "unknown patch stage 'cv'; known: torch, dali, auto"),
         (["pacs", "pacs.hospital"], 2, "URL begins with http:// or https://, got pacs.hospital"),
         (["pacs", "http://127.0.0.1:9"], 1, "cannot be reached, or broke off"),
         (["pacs", "http://127.0.0.1:9", "--c_store", "A@b"], 2, "--c_store: AET@host:port is wanted, got 'A@b'"),
@@ -163,7 +248,7 @@ def test_white_slide_leaves_with_its_own_code_and_a_result(s4mil, white_slide, b
         (["score", "SLIDE", "--device", "tpu9"], 2, "--device tpu9 is not there"),
         (["score", "SLIDE", "-o", "/proc/x"], 1, "cannot be written"),
         (["score", "SLIDE", "--encoder_weights", "gone.pt"], 1, "gone.pt: there is no such weights file"),
-        (["embed", "SLIDE", "--scan_order", "spiral"], 1, "unknown scan order 'spiral'; known: row_major"),
+        (["embed", "SLIDE", "--scan_order", "spiral"], 2, "unknown scan order 'spiral'; known: row_major"),
         (["embed", "SLIDE", "--min_tissue", "7"], 2, "--min_tissue is a share between 0 and 1, got 7"),
         (["embed", "SLIDE", "--mpp", "0.1"], 1, "its finest level has 0.5 µm/px, the model wants 0.1 µm/px"),
     ],
@@ -211,14 +296,58 @@ def test_identifiers_stay_text(s4mil, tissue_slide, bundle, tmp_path):
 
 def test_help_and_version_come_without_heavy_libraries():
     program = (
-        "import sys; from s4mil_monai.cli.main import main\n"
+        "import sys; from s4mil_monai.cli.main import COMMANDS, main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as left: assert left.code == 0, left.code\n"
         "heavy = {'torch', 'monai', 'mlflow', 'cucim', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    for argument in ("--help", "--version"):
-        subprocess.run([sys.executable, "-c", program, argument], check=True, capture_output=True)
+    for arguments in (["--help"], ["score", "--help"], ["--version"]):
+        subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
+
+
+def test_no_command_at_all_is_wrong_use_that_lists_them(s4mil):
+    code, out, complaint = s4mil()
+    assert (code, complaint) == (2, [])
+    assert {"score", "inspect", "version"} <= {line.split()[0] for line in out[2:]}
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_help_of_a_group_lists_its_commands(s4mil, asked):
+    code, out, complaint = s4mil("batch", asked)
+    assert (code, complaint) == (0, [])
+    assert out[0] == "s4mil batch COMMAND …; s4mil batch COMMAND --help says what each takes"
+    assert {line[2:7] for line in out[2:] if line[2] != " "} == {"batch"}
+
+
+def test_help_of_a_command_is_one_screen_with_each_option_and_its_default(s4mil, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, complaint = s4mil("batch", "quarantine", "--help")
+    assert (code, complaint) == (0, [])
+    assert out == [
+        "s4mil batch quarantine --config TEXT [OPTIONS]",
+        "",
+        "List what is in quarantine and why, or put a slide there.",
+        "",
+        "  --config TEXT  YAML of the site.",
+        "  --slide TEXT   The beginning of its fingerprint, or its file name; without it, the quarantine is",
+        "                 listed.",
+        "  --reason TEXT  Why nobody should try it. [default: set aside by hand]",
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_a_sentence_of_everything_a_command_takes(s4mil, monkeypatch, name):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, complaint = s4mil(*name.split(), "--help")
+    assert (code, complaint) == (0, [])
+    assert out[0].startswith(f"s4mil {name}")
+    assert len(out) <= 40
+    assert max(map(len, out)) <= 120
+    for key, parameter in inspect.signature(COMMANDS[name]).parameters.items():
+        shown = key.upper() if parameter.kind is not parameter.KEYWORD_ONLY else f"--{key}"
+        (line,) = [line for line in out[1:] if line.split()[:1] == [shown]]
+        assert len(line.split()) > 2, line
 
 
 def test_progress_is_shown_on_a_terminal_and_not_elsewhere(monkeypatch, capsys):
@@ -330,8 +459,8 @@ def test_predictions_of_other_classes_calibrate_nothing(s4mil, sealed):
         (("--to", "onnx", "--chunk", "100"), 2, "--chunk is a multiple of 64 patches, at most 65536, got 100"),
         (("--to", "onnx", "--chunk", "1000000000"), 2, "--chunk is a multiple of 64 patches, at most 65536"),
         (("--to", "onnx", "--targets", "8.9"), 2, "--library and --targets go with --to tensorrt"),
-        (("--to", "tflite"), 1, "unknown form to export to 'tflite'; known: onnx, tensorrt, torchscript"),
-        (("--to", "onnx", "--precision", "int8"), 1, "unknown precision 'int8'"),
+        (("--to", "tflite"), 2, "unknown form to export to 'tflite'; known: onnx, tensorrt, torchscript"),
+        (("--to", "onnx", "--precision", "int8"), 2, "unknown precision 'int8'"),
         (("--to", "onnx", "--features", "nothing"), 1, "nothing: holds no feature files"),
     ],
 )
@@ -348,3 +477,14 @@ def test_exported_step_that_is_not_there_is_named_before_a_slide_is_read(s4mil, 
     assert (code, out) == (1, [])
     assert complaint[0].endswith("models/step_float32.onnx: is not there; make it with s4mil export")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(find_spec("holoscan") is None, reason="Holoscan is not installed")
+def test_a_model_is_registered_without_a_word_about_the_stack(tmp_path):
+    """In a process of its own: this one has a larger stack, and has imported MONAI."""
+    command = [sys.executable, "-m", "s4mil_monai", "register", str(tmp_path), "--name", "x"]
+    small = 'ulimit -s 8192; exec "$@"'
+    done = subprocess.run(["bash", "-c", small, "bash", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"s4mil: {tmp_path}: is neither the folder of a training")

@@ -33,7 +33,7 @@ def report_pass(
     """
     counts, settings = ledger.counts(site.kind), site.settings
     folder = settings.out / RUNS / run
-    slides = [_report(outcome, settings, ledger, folder) for outcome in done.outcomes]
+    slides = [_report(outcome, settings, ledger, folder) for outcome in done.last_outcomes()]
     slides += [ReportedSlide(pseudonym=None, name=name, outcome="still_changing") for name in done.changing]
     slides += [_report_problem(name, reason, settings) for name, reason in done.problems.items()]
     return RunReport(

@@ -18,6 +18,7 @@ from s4mil_monai.batch.run_report import RUN_HTML, RunReport, write_run_report
 from s4mil_monai.batch.scheduler import POLL_S, Ending, Pass
 from s4mil_monai.batch.settings import SiteSettings
 from s4mil_monai.batch.site import Site, new_run, open_ledger, read_checked_site
+from s4mil_monai.batch.states import JobState
 from s4mil_monai.batch.work import Executor
 from s4mil_monai.errors import BundleError, LedgerError, S4MilError
 from s4mil_monai.statistics.drift import describe_drift
@@ -116,7 +117,8 @@ def _score_and_report(site: Site, ledger: Ledger, executor: Executor, stop: thre
     ended = DonePass(1, "ended by an error")
     try:
         done = site.make_scheduler(ledger, executor, run=run).run(stop)
-        ended = DonePass(done.exit_code, describe_pass(done, site.settings))
+        line = describe_pass(done, site.settings, quarantined=_in_quarantine(site, ledger))
+        ended = DonePass(done.exit_code, line)
         if done.outcomes or done.problems:
             report = report_pass(done, site, ledger, run=run, started=started, drift=_tell_drift(site, ledger))
             folder = site.settings.out / RUNS / run
@@ -132,6 +134,10 @@ def _score_and_report(site: Site, ledger: Ledger, executor: Executor, stop: thre
             ledger.end_run(run, exit_code=ended.exit_code, report={"line": ended.line})
 
 
+def _in_quarantine(site: Site, ledger: Ledger) -> int:
+    return ledger.counts(site.kind)[JobState.QUARANTINED]
+
+
 def _tell_drift(site: Site, ledger: Ledger) -> str:
     try:
         return describe_drift(compare_recent(site, ledger))
@@ -144,9 +150,15 @@ def _log_pass(report: RunReport) -> None:
     logger.info("the pass %s has ended", report.run, extra={"event": "pass", **counts, "waiting": report.waiting})
 
 
-def describe_pass(done: Pass, site: SiteSettings) -> str:
-    """One line: how many slides ended how. It goes to the journal, and names sources but no slide."""
-    counts = Counter(outcome.ending for outcome in done.outcomes)
+def describe_pass(done: Pass, site: SiteSettings, *, quarantined: int = 0) -> str:
+    """One line: how many slides ended how. It goes to the journal, and names sources but no slide.
+
+    Args:
+        done: The pass; of a slide that was tried several times, the last ending counts.
+        site: Whose sources are named.
+        quarantined: Slides in quarantine now, said where there is nothing new: they wait for somebody.
+    """
+    counts = Counter(outcome.ending for outcome in done.last_outcomes())
     said = [f"{counts[ending]} {ending.value.replace('_', ' ')}" for ending in Ending if counts[ending]]
     said += [f"{len(done.changing)} still changing"] if done.changing else []
     said += [f"{len(done.resting)} unreadable, asked for again later"] if done.resting else []
@@ -155,4 +167,7 @@ def describe_pass(done: Pass, site: SiteSettings) -> str:
     others = len(done.problems.keys() - sources)
     said += [f"{others} could not be looked at"] if others else []
     said += [done.stopped] if done.stopped else []
-    return "; ".join(said) or "nothing new"
+    if said:
+        return "; ".join(said)
+    waiting = f"; {quarantined} in quarantine, see `s4mil batch quarantine`" if quarantined else ""
+    return f"nothing new{waiting}"

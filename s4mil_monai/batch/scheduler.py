@@ -66,6 +66,10 @@ class Pass:
     stopped: str | None = None
     """Why it ended before all was done."""
 
+    def last_outcomes(self) -> list[Outcome]:
+        """Of each slide the last: one that was tried several times is one slide."""
+        return list({outcome.job.key: outcome for outcome in self.outcomes}.values())
+
     @property
     def exit_code(self) -> int:
         """1 where anything failed."""

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
+import sqlalchemy as sa
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from s4mil_monai.errors import SettingsError, SourceAwayError, first_wrong
 
 LEDGER_FILE = "ledger.sqlite"
 LEDGER_VARIABLE = "S4MIL_LEDGER_URL"
+LEDGERS = ("sqlite", "postgresql")
+"""Databases that the ledger may be in."""
+
+
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:(0|[1-9]\d*))?")
+"""What PyTorch computes on, by name."""
 
 
 class _Settings(BaseModel):
@@ -57,11 +66,12 @@ class SiteSettings(_Settings):
     encoder_weights: Path | None = None
     """Weights file of the encoder, instead of the published one."""
     device: str = "auto"
-    patch_stage: str = "torch"
+    """``auto``, ``cpu``, ``cuda``, or one of several, such as ``cuda:1``."""
+    patch_stage: Literal["torch", "dali", "auto"] = "torch"
     batch_size: int = Field(16, ge=1)
     """Patches the encoder takes at once."""
-    aggregator_runtime: str = "auto"
-    aggregator_precision: str = "float32"
+    aggregator_runtime: Literal["auto", "torch", "onnxruntime", "tensorrt"] = "auto"
+    aggregator_precision: Literal["float32", "bfloat16", "float16"] = "float32"
 
     resolutions: Path | None = None
     """CSV of the site with columns slide, scanner, mpp."""
@@ -103,6 +113,13 @@ class SiteSettings(_Settings):
     """Processes that hold a model each. They have the GPUs in turn, unless ``device`` names one: where there are
     more of them than GPUs, several share one, and its memory. Ray gives each embedding actor a GPU of its own."""
 
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, name: str) -> str:
+        if DEVICE.fullmatch(name) is None:
+            raise ValueError(f"{name!r} is no device; it is auto, cpu, cuda, or one of several, such as cuda:1")
+        return name
+
     @model_validator(mode="after")
     def _fits_together(self) -> SiteSettings:
         if self.studies is not None and not self.dicom:
@@ -126,13 +143,27 @@ def read_site(path: Path) -> SiteSettings:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         found = _relative_to(SiteSettings.model_validate(content), path.parent)
-        return found if found.ledger else found.model_copy(update={"ledger": os.environ.get(LEDGER_VARIABLE)})
+        if not found.ledger:
+            found = found.model_copy(update={"ledger": os.environ.get(LEDGER_VARIABLE)})
+        _check_ledger(found.ledger, path)
+        return found
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:
         raise SettingsError(str(path), f"is not YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
         raise SettingsError(str(path), first_wrong(error)) from error
+
+
+def _check_ledger(url: str | None, path: Path) -> None:
+    """Refuse an address of no database that the ledger knows; it is not repeated, for its password."""
+    try:
+        if url is None or sa.make_url(url).get_dialect().name in LEDGERS:
+            return
+    except (ArgumentError, NoSuchModuleError):
+        pass
+    wanted = "sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
+    raise SettingsError(str(path), f"ledger, or {LEDGER_VARIABLE}: is no address of a ledger; wanted {wanted}")
 
 
 def _relative_to(site: SiteSettings, folder: Path) -> SiteSettings:
@@ -169,6 +200,10 @@ def check_places(site: SiteSettings, path: Path) -> None:
         named = getattr(site, name)
         if named is not None and not os.path.exists(named):
             raise SettingsError(str(path), f"{name}: there is no {named}")
+    for name in ("out", "features", "bundle"):
+        named = getattr(site, name)
+        if named is not None and os.path.exists(named) and not os.path.isdir(named):
+            raise SettingsError(str(path), f"{name}: {named} is no folder")
 
 
 def _mix(written: Path, source: SourceSettings) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from s4mil_monai.batch.database import Database
 from s4mil_monai.batch.intake import Intake
 from s4mil_monai.batch.kind import describe_kind
@@ -21,15 +23,31 @@ from s4mil_monai.batch.scheduler import Scheduler
 from s4mil_monai.batch.settings import LEDGER_FILE, SiteSettings, check_places, read_site
 from s4mil_monai.batch.work import Executor, WorkerSettings
 from s4mil_monai.checksum import sha256_of
-from s4mil_monai.errors import FeatureFileError, LedgerError, OutputError, SettingsError
+from s4mil_monai.errors import (
+    FeatureFileError,
+    LedgerError,
+    OutputError,
+    PathError,
+    SettingsError,
+    TableError,
+    WeightsError,
+)
+from s4mil_monai.extras import require
 from s4mil_monai.features.claim import name_machine
+from s4mil_monai.features.encoder import load_encoder
 from s4mil_monai.features.store import read_origin
 from s4mil_monai.models.bundle import BundleSettings
 from s4mil_monai.models.manifest import told_as_bundle_error
 from s4mil_monai.models.seal import verify_bundle
+from s4mil_monai.outputs.hospital import HospitalWriter
+from s4mil_monai.slides.overrides import read_overrides
 
 READINGS = 10
 """So often a settings file that is being saved is read again."""
+
+
+class DeviceAwayError(PathError):
+    """The GPU that the settings name is not there now; ``path`` is its name."""
 
 
 def new_run() -> str:
@@ -148,14 +166,19 @@ def read_checked_site(file: Path, *, default_bundle: Callable[[], Path]) -> Site
         SettingsError: Something in the settings is wrong, missing or impossible.
         BundleError: The bundle is none, was changed since it was sealed, or holds what no bundle may.
         ClusterError: Nobody answers where the cluster should be.
-        MissingExtraError: The site wants Ray, which is not installed.
+        DeviceAwayError: The GPU that the settings name is not there.
+        MissingExtraError: The site wants Ray or DALI, which is not installed.
     """
     settings, config_sha256 = read_hashed_site(file)
     check_places(settings, file)
+    _check_tables(settings, file)
     if settings.executor == "ray":
         check_address(settings.ray_address)
+    else:
+        _check_machine(settings)
     verified = verify_bundle(settings.bundle or default_bundle())
     kind, expected = describe_kind(settings, verified.bundle)
+    _check_weights(settings, expected, file)
     _check_features(settings, expected, file)
     hashes = {"config_sha256": config_sha256, "bundle_sha256": verified.sha256}
     return Site(file, settings, verified.bundle, kind, expected, tables=_hash_tables(settings, file), **hashes)
@@ -203,6 +226,44 @@ def _hash(path: Path, file: Path, name: str) -> str:
         return sha256_of(path)
     except OSError as error:
         raise SettingsError(str(file), f"{name}: {path} cannot be read ({error.strerror or error})") from error
+
+
+def _check_tables(settings: SiteSettings, file: Path) -> None:
+    name = "resolutions"
+    try:
+        if settings.resolutions is not None:
+            read_overrides(settings.resolutions)
+        name = "studies"
+        if settings.studies is not None:
+            HospitalWriter(settings.studies)
+    except TableError as error:
+        raise SettingsError(str(file), f"{name}: {error}") from error
+
+
+def _check_machine(settings: SiteSettings) -> None:
+    """Refuse what this machine has not got, before a slide is blamed for it."""
+    if settings.patch_stage == "dali":
+        require("nvidia.dali", extra="dali")
+    kind, _, number = settings.device.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        found = f"PyTorch finds {torch.cuda.device_count()} GPUs on this machine"
+        raise DeviceAwayError(f"device: {settings.device}", found)
+
+
+def _check_weights(settings: SiteSettings, expected: BundleSettings, file: Path) -> None:
+    """Refuse weights of the encoder that are damaged, or not those the model was trained with."""
+    if settings.encoder_weights is None:
+        return
+    try:
+        found = load_encoder(expected.encoder.name, weights=settings.encoder_weights).fingerprint
+    except WeightsError as error:
+        raise SettingsError(str(file), f"encoder_weights: {error}") from error
+    if found != expected.encoder.sha256:
+        raise SettingsError(
+            str(file),
+            f"encoder_weights: {settings.encoder_weights} are other weights of {expected.encoder.name} "
+            f"({found[:12]}…) than the model was trained with ({expected.encoder.sha256[:12]}…)",
+        )
 
 
 def _check_features(settings: SiteSettings, expected: BundleSettings, file: Path) -> None:

@@ -32,7 +32,7 @@ def ablate(
     rectangle = None if region is None else _whole_numbers("region", region)
     if rectangle is not None and (len(rectangle) != 4 or min(rectangle[2:]) < 1):
         raise UsageError(f"--region is x,y,width,height, got {region!r}")
-    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+    if top is not None and top < 1:
         raise UsageError(f"--top is a number of patches, got {top!r}")
     from s4mil_monai.ablation import patches_in_region, read_scored, score_without, top_patches
     from s4mil_monai.models.bundle import load_bundle

@@ -82,7 +82,7 @@ def batch_retry(*, config: str, slide: str | None = None, all: bool = False) -> 
     moved = ledger.retry([job.key for job in found])
     for job in moved:
         _say_printable(f"{job.name} ({job.pseudonym}): the next run tries it again")
-    return _tell_none(moved, "no slide that failed or is in quarantine")
+    return _tell_none(moved, "no slide that failed or is in quarantine", "`s4mil batch status` lists them")
 
 
 def batch_quarantine(*, config: str, slide: str | None = None, reason: str = "set aside by hand") -> int:
@@ -104,7 +104,8 @@ def batch_quarantine(*, config: str, slide: str | None = None, reason: str = "se
     moved = ledger.quarantine([job.key for job in found], reason)
     for job in moved:
         _say_printable(f"{job.name} ({job.pseudonym}): in quarantine, {reason}")
-    return _tell_none(moved, "no slide that waits")
+    waiting = "`s4mil batch status --state waiting` lists them"
+    return _tell_none(moved, "no slide that waits", waiting)
 
 
 def batch_export(*, config: str, out: str) -> int:
@@ -267,9 +268,9 @@ def _is_called(job: Job, slide: str) -> bool:
     return by_fingerprint or slide in (job.name, Path(job.name).name)
 
 
-def _tell_none(moved: list[Job], what: str) -> int:
+def _tell_none(moved: list[Job], what: str, lists: str) -> int:
     if not moved:
-        complain(f"{what} is called so; `s4mil batch status` lists them")
+        complain(f"{what} is called so; {lists}")
     return 0 if moved else EXIT_ERROR
 
 
@@ -281,7 +282,7 @@ def _tell_history(ledger: Ledger, slide: str) -> int:
             before = line.before.value if line.before else "new"
             note = f"  {line.note}" if line.note else ""
             _say_printable(f"  {_as_time(line.at)}  {before} → {line.after.value}{note}")
-    return _tell_none(found, "no slide")
+    return _tell_none(found, "no slide", "`s4mil batch export` lists all")
 
 
 def _describe(job: Job) -> str:

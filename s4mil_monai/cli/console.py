@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NO_SCORE = 1, 2, 3
@@ -16,6 +17,11 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """Print what went wrong, as one line on the error stream."""
     print(f"s4mil: {' '.join(text.split())}", file=sys.stderr)
+
+
+def quieten_holoscan() -> None:
+    """Leave out Holoscan's warning about the stack: MONAI imports it, and nothing here runs in it."""
+    warnings.filterwarnings("ignore", message="Current stack size", category=RuntimeWarning)
 
 
 class ProgressBar:

@@ -35,10 +35,11 @@ def export(
         chunk: Patches of a step, a multiple of 64.
         out: Folder of the files; the bundle's models by default, where scoring looks for them.
         library: tensorrt or tensorrt_rtx; the first that is installed by default.
-        targets: Compute capabilities for TensorRT for RTX, such as 8.6,8.9; this machine's GPU by default.
+        targets: Compute capabilities for TensorRT for RTX, such as 8.6,8.9; by default this
+            machine's GPU, or 8.6, 8.9 and 12.0 where there is none.
         features: Folder of feature files (s4mil embed) whose slides are compared too, beside random ones.
     """
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 64 <= chunk <= LARGEST_CHUNK or chunk % 64:
+    if not 64 <= chunk <= LARGEST_CHUNK or chunk % 64:
         raise UsageError(f"--chunk is a multiple of 64 patches, at most {LARGEST_CHUNK}, got {chunk!r}")
     if to != "tensorrt" and (library or targets):
         raise UsageError("--library and --targets go with --to tensorrt")

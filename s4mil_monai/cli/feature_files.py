@@ -18,13 +18,17 @@ def verify_features(folder: str, *, slides: str | None = None, encoder_sha256: s
     """
     from s4mil_monai.features.audit import audit_features
 
+    files = sum(not path.name.startswith(".") for path in Path(folder).rglob("*.h5"))
     findings = audit_features(
         Path(folder), slides=None if slides is None else Path(slides), encoder_sha256=encoder_sha256
     )
     for finding in findings:
         complain(f"{finding.path}: {finding.code}: {finding.text}")
+    if not findings and not files:
+        complain(f"{folder}: holds no feature files")
+        return EXIT_ERROR
     if not findings:
-        say(f"{folder}: nothing wrong")
+        say(f"{folder}: {files} feature files, nothing wrong")
     return EXIT_ERROR if findings else 0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from s4mil_monai.cli.console import EXIT_ERROR, EXIT_NO_SCORE, complain, say
-from s4mil_monai.cli.options import as_device, as_overrides, as_patch_settings
-from s4mil_monai.cli.usage import require_positive, require_slide
+from s4mil_monai.cli.options import as_device, as_overrides, as_patch_settings, require_one_slide
+from s4mil_monai.cli.usage import require_positive
 
 if TYPE_CHECKING:
     from s4mil_monai.inspection import GridFacts, Inspection
@@ -26,6 +26,7 @@ def inspect_slide(
     overlap_px: int = 0,
     scan_order: str = "row_major",
     encoder: str | None = "efficientnet_lite0",
+    encoder_weights: str | None = None,
     device: str = "auto",
 ) -> int:
     """Show what the pipeline makes of a slide: resolution, tissue, patches, quality, time; write OUT/<slide>.png.
@@ -41,10 +42,11 @@ def inspect_slide(
         overlap_px: How far neighbouring patches overlap, in pixels as the encoder sees them.
         scan_order: row_major, column_major, serpentine or hilbert.
         encoder: Whose time is estimated, on a few patches; none for no estimate.
+        encoder_weights: Weights file of the encoder, instead of the published one.
         device: cpu, cuda, or auto; for the estimate.
     """
     require_positive("assume_mpp", assume_mpp)
-    require_slide(slide)
+    require_one_slide(slide, command="inspect")
     settings = as_patch_settings(
         mpp=mpp, side_px=side_px, min_tissue=min_tissue, overlap_px=overlap_px, scan_order=scan_order
     )
@@ -56,7 +58,7 @@ def inspect_slide(
     if encoder not in (None, "none"):
         from s4mil_monai.features.encoder import load_encoder
 
-        ready = load_encoder(encoder, device=as_device(device))
+        ready = load_encoder(encoder, weights=encoder_weights, device=as_device(device))
     with open_isolated(slide, assume_mpp=assume_mpp, overrides=as_overrides(resolutions)) as opened:
         picture = Path(out) / f"{opened.path.stem}.png"
         found = look_at(opened, settings, encoder=ready, picture=picture)
@@ -65,7 +67,7 @@ def inspect_slide(
         say(line)
     if found.refused:
         complain(f"{found.slide}: {found.refused}")
-        return EXIT_ERROR
+        return EXIT_NO_SCORE if found.without_tissue else EXIT_ERROR
     say(f"open {picture}")
     return EXIT_NO_SCORE if found.quality and found.quality.verdict == "reject" else 0
 

@@ -29,13 +29,14 @@ from s4mil_monai.cli.embed import embed
 from s4mil_monai.cli.experiment import experiment
 from s4mil_monai.cli.export import export
 from s4mil_monai.cli.feature_files import import_features, verify_features
+from s4mil_monai.cli.help_text import HELP, describe_command, describe_commands
 from s4mil_monai.cli.inspect import inspect_slide
 from s4mil_monai.cli.pacs import pacs
 from s4mil_monai.cli.register import register
 from s4mil_monai.cli.score import score
 from s4mil_monai.cli.seal import seal, verify_bundle
-from s4mil_monai.cli.usage import Command, UsageError, check_usage, find_command
-from s4mil_monai.errors import S4MilError, SettingsError
+from s4mil_monai.cli.usage import Command, UsageError, check_usage, find_command, kind_of
+from s4mil_monai.errors import S4MilError, SettingsError, UnknownNameError
 
 
 def version() -> int:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds wrong comes back as our errors
     try:
         code = _run(arguments)
-    except (UsageError, SettingsError) as error:  # starting again mends neither
+    except (UsageError, SettingsError, UnknownNameError) as error:  # starting again mends none of them
         complain(str(error))
         code = EXIT_USAGE
     except S4MilError as error:
@@ -95,9 +96,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         arguments = ["version"]
-    if not arguments or arguments[0].startswith("-"):
-        return _help()
+    if not arguments or arguments[0] in HELP:
+        say(describe_commands(COMMANDS))
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0].startswith("-"):
+        raise UsageError(f"unknown option {arguments[0]}; see s4mil --help")
+    if arguments[1:2] and arguments[1] in HELP and _is_group(arguments[0]):
+        say(describe_commands(COMMANDS, of=f"{arguments[0]} "))
+        return 0
     name, rest = find_command(COMMANDS, arguments)
+    if any(argument in HELP for argument in rest):
+        say(describe_command(name, COMMANDS[name]))
+        return 0
     check_usage(name, COMMANDS[name], rest)
     from fire import Fire
 
@@ -109,11 +119,8 @@ def _run(arguments: list[str]) -> int:
     return codes[-1] if codes else 0
 
 
-def _help() -> int:
-    say("s4mil COMMAND …; s4mil COMMAND --help says what each takes\n")
-    for name, command in COMMANDS.items():
-        say(f"  {name:18} {(command.__doc__ or '').splitlines()[0]}")
-    return 0
+def _is_group(word: str) -> bool:
+    return word not in COMMANDS and any(name.startswith(f"{word} ") for name in COMMANDS)
 
 
 def _keeping_code(command: Command, codes: list[int]) -> Any:
@@ -126,5 +133,6 @@ def _keeping_code(command: Command, codes: list[int]) -> Any:
     run.__signature__ = inspect.signature(command, eval_str=True)
     run.__doc__ = command.__doc__
     # fire guesses types: without this --slide=2024_001 arrives as the integer 2024001
-    kinds = {key: str(parameter.annotation) for key, parameter in inspect.signature(command).parameters.items()}
-    return SetParseFns(**{key: str for key, kind in kinds.items() if "str" in kind})(run)
+    as_told = {"str": str, "int": int}
+    kinds = {key: kind_of(parameter) for key, parameter in inspect.signature(command).parameters.items()}
+    return SetParseFns(**{key: as_told[kind] for key, kind in kinds.items() if kind in as_told})(run)

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from s4mil_monai.cli.usage import UsageError, require_positive, require_share
-from s4mil_monai.errors import BundleError, UnknownNameError, first_line
+from s4mil_monai.cli.usage import UsageError, require_positive, require_share, require_slide
+from s4mil_monai.errors import BundleError, MissingExtraError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from s4mil_monai.outputs.hospital import HospitalWriter
     from s4mil_monai.result import PatchSettings
     from s4mil_monai.slides.overrides import Overrides
+
+
+LEAST_SIDE_PX = 16
+"""Of a patch; as :class:`~s4mil_monai.result.PatchSettings` has it."""
+
+
+def require_one_slide(path: str, *, command: str) -> None:
+    """Refuse a folder that holds anything but one DICOM slide: of several, one would be taken in silence.
+
+    Args:
+        path: A slide file, which may be anything, or a folder.
+        command: Which takes one slide, for the error.
+    """
+    require_slide(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    from s4mil_monai.slides.mixed_folder import survey_folder
+
+    try:
+        with TemporaryDirectory() as links:
+            survey = survey_folder(folder, Path(links))
+    except MissingExtraError:  # DICOM, without what tells one series from another; the reader counts them too
+        return
+    names = [slide.file for slide in survey.slides]
+    if len(names) > 1:
+        advice = f"{command} takes one: name the file, or use `s4mil batch run`"
+        raise UsageError(f"{path}: holds {len(names)} slides; {advice}")
+    if not names:
+        raise UsageError(f"{path}: holds no slides; name a slide file, or the folder of a DICOM slide")
+    if survey.slides[0].path == folder / names[0] or Path(names[0]).parent != Path():
+        raise UsageError(f"{path}: is no slide but holds one; name it: {folder / names[0]}")
 
 
 def as_patch_stage(name: str) -> str:
@@ -48,7 +81,9 @@ def shipped_bundle() -> Path:
     bundle = Path(__file__).resolve().parents[2] / "bundles" / "s4mil_slide"
     if not bundle.is_dir():
         raise BundleError(
-            str(bundle), "bundles come with the source, not with the package; give one with --bundle"
+            str(bundle),
+            "bundles come with the source, not with the package; "
+            "give one with --bundle, or `bundle:` in site.yaml",
         )
     return bundle
 
@@ -62,8 +97,6 @@ def as_overrides(path: str | None) -> Overrides | None:
 
 def as_hospital_writer(dicom: bool, studies: str | None) -> HospitalWriter | None:
     """What writes DICOM and FHIR, if that is asked for."""
-    if not isinstance(dicom, bool):
-        raise UsageError(f"--dicom takes no value, got {dicom!r}")
     if not dicom:
         if studies is not None:
             raise UsageError("--studies is for --dicom")
@@ -80,9 +113,10 @@ def as_patch_settings(
     from s4mil_monai.result import PatchSettings
 
     require_positive("mpp", mpp)
-    require_positive("side_px", side_px)
     require_share("min_tissue", min_tissue)
-    if not isinstance(overlap_px, int) or not 0 <= overlap_px < side_px:
+    if side_px < LEAST_SIDE_PX:
+        raise UsageError(f"--side_px is at least {LEAST_SIDE_PX}, got {side_px}")
+    if not 0 <= overlap_px < side_px:
         raise UsageError(f"--overlap_px is at least 0 and less than {side_px}, got {overlap_px!r}")
     return PatchSettings(
         mpp=mpp,

@@ -57,8 +57,6 @@ def pacs(
     require_positive("batch_size", batch_size)
     if isinstance(settle_s, bool) or not isinstance(settle_s, (int, float)) or not 0 <= settle_s < math.inf:
         raise UsageError(f"--settle_s is a number of seconds, 0 or more, got {settle_s!r}")
-    if not isinstance(retry_failed, bool):
-        raise UsageError(f"--retry_failed takes no value, got {retry_failed!r}")
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"URL begins with http:// or https://, got {url}")
     from s4mil_monai.pacs.dimse import parse_target, send_files

@@ -9,9 +9,10 @@ from s4mil_monai.cli.options import (
     as_overrides,
     as_patch_stage,
     as_precision,
+    require_one_slide,
     shipped_bundle,
 )
-from s4mil_monai.cli.usage import require_positive, require_slide
+from s4mil_monai.cli.usage import require_positive
 
 
 def score(
@@ -55,7 +56,7 @@ def score(
 
     require_positive("assume_mpp", assume_mpp)
     require_positive("batch_size", batch_size)
-    require_slide(slide)
+    require_one_slide(slide, command="score")
     site = as_overrides(resolutions)
     hospital = as_hospital_writer(dicom, studies)
     reader_pool().warm_up()  # its processes start while this one imports torch

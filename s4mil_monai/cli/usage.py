@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from s4mil_monai.errors import S4MilError
 
 Command = Callable[..., int]
 """Gives the exit code."""
+
+
+LARGEST = 2**31 - 1
+"""Whole number that an option takes."""
 
 
 class UsageError(S4MilError):
@@ -38,32 +43,37 @@ def check_usage(name: str, command: Command, arguments: Sequence[str]) -> None:
     """Refuse wrong use before anything runs; fire would run first and complain after, over many lines.
 
     Raises:
-        UsageError: An option is unknown, or something is missing or too much.
+        UsageError: An option is unknown or has a value of another kind, or something is missing or too much.
     """
     parameters = inspect.signature(command).parameters
-    options, positional = _split(list(arguments))
-    if "help" in options or "h" in options:
-        return
-    known = {option: key for option in options if (key := _full_name(option, parameters))}
-    for option in options:
-        if option not in known:
-            close = difflib.get_close_matches(option, parameters, n=1)
-            hint = f"did you mean --{close[0]}? " if close else ""
-            listed = ", ".join(f"--{key}" for key in parameters)
-            raise UsageError(f"unknown option --{option}; {hint}known: {listed}")
+    options, positional = _split(arguments)
+    for option, value in options:
+        _check_value(_find_parameter(option, parameters), value)
+    named = {_full_name(option, parameters) for option, _ in options}
     wanted = [key for key, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
-    missing = [key for key in wanted if key not in known.values()][len(positional) :]
+    missing = [key for key in wanted if key not in named][len(positional) :]
     if missing:
         raise UsageError(f"{name} needs {missing[0].upper()}; see s4mil {name} --help")
     for key, parameter in parameters.items():
-        if (
-            parameter.kind is parameter.KEYWORD_ONLY
-            and parameter.default is parameter.empty
-            and key not in known.values()
-        ):
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and key not in named:
             raise UsageError(f"{name} needs --{key}; see s4mil {name} --help")
     if len(positional) > len(wanted):
         raise UsageError(f"{name} takes {len(wanted)} argument(s), got also {positional[len(wanted)]!r}")
+
+
+def kind_of(parameter: inspect.Parameter) -> str:
+    """What a parameter is: ``str``, ``int``, ``float`` or ``bool``; that it may be None does not count."""
+    return str(parameter.annotation).removesuffix(" | None")
+
+
+def _find_parameter(option: str, parameters: Mapping[str, inspect.Parameter]) -> inspect.Parameter:
+    key = _full_name(option, parameters)
+    if key is not None:
+        return parameters[key]
+    close = difflib.get_close_matches(option, parameters, n=1)
+    hint = f"did you mean --{close[0]}? " if close else ""
+    listed = ", ".join(f"--{key}" for key in parameters)
+    raise UsageError(f"unknown option --{option}; {hint}known: {listed}")
 
 
 def _full_name(option: str, parameters: Iterable[str]) -> str | None:
@@ -74,19 +84,49 @@ def _full_name(option: str, parameters: Iterable[str]) -> str | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Option names and positional arguments; an option's value is after ``=`` or the next that is none."""
-    options, positional = [], []
+def _check_value(parameter: inspect.Parameter, value: str | None) -> None:
+    """Refuse a value that fire would pass on as something else than the parameter is."""
+    name, kind = parameter.name, kind_of(parameter)
+    if kind == "bool":
+        if value not in (None, "True", "False"):
+            raise UsageError(f"--{name} takes no value, got {value!r}")
+    elif not value:
+        raise UsageError(f"--{name} needs a value")
+    elif kind == "int":
+        require_whole(name, value)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Options with their values, and positional arguments; a value is after ``=``, or next and no option."""
+    options: list[tuple[str, str | None]] = []
+    positional: list[str] = []
     takes_value = False
     for argument in arguments:
-        if argument.startswith("-") and not argument[1:2].isdigit():
-            options.append(argument.lstrip("-").split("=")[0].replace("-", "_"))
-            takes_value = "=" not in argument and options[-1] not in ("help", "h")
-        else:
-            if not takes_value:
-                positional.append(argument)
+        if _is_option(argument):
+            name, equals, value = argument.lstrip("-").partition("=")
+            options.append((name.replace("-", "_"), value if equals else None))
+            takes_value = not equals
+        elif takes_value:
+            options[-1] = (options[-1][0], argument)
             takes_value = False
+        else:
+            positional.append(argument)
     return options, positional
+
+
+def _is_option(argument: str) -> bool:
+    """As fire has it: a number below zero is none."""
+    return argument == "-" or re.match("--|-[a-zA-Z]", argument) is not None
+
+
+def require_whole(name: str, value: str) -> None:
+    """Refuse a text that is no whole number, or one that no count of anything reaches."""
+    try:
+        found = int(value)
+    except ValueError as error:
+        raise UsageError(f"--{name} is a whole number, got {value!r}") from error
+    if abs(found) > LARGEST:
+        raise UsageError(f"--{name} is a whole number up to {LARGEST}, got {value}")
 
 
 def require_positive(name: str, value: float | None) -> None:

@@ -63,8 +63,9 @@ class Slide(ABC):
             raise UnknownResolutionError(
                 self.name,
                 f"no microns-per-pixel in the file{nominal}, so 20x cannot be found; "
-                "give the scanner's value with --assume_mpp, or in the site's table of resolutions "
-                "(0.25 for most 40x scans, 0.5 for 20x)",
+                "give the scanner's value (0.25 for most 40x scans, 0.5 for 20x) with --assume_mpp (score, embed, "
+                "inspect) or by a line in the site's table of resolutions (--resolutions; resolutions: in "
+                "site.yaml; S4MIL_RESOLUTIONS)",
             )
         return self.resolution.mpp
 

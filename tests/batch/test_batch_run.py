@@ -56,8 +56,9 @@ def test_a_bad_slide_is_told_first_and_the_others_are_scored(site):
     assert "Traceback" not in done.stderr
     assert site.states() == {"good.tif": JobState.PUBLISHED, "bad.tif": JobState.QUARANTINED}
     report = json.loads(next(site.out.glob("runs/*/run.json")).read_text())
-    assert report["counts"] == {"failed": 1, "published": 1, "quarantined": 1}  # the second try in the same run
-    assert look_again(site) == (0, "nothing new")
+    assert report["counts"] == {"published": 1, "quarantined": 1}  # slides, not tries: there were two
+    assert done.stdout.startswith("1 published; 1 quarantined; open ")
+    assert look_again(site) == (0, "nothing new; 1 in quarantine, see `s4mil batch quarantine`")
 
 
 def test_a_slide_whose_name_is_no_utf_8_is_scored_like_any_other(site):

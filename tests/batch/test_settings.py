@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from s4mil_monai.batch.settings import LEDGER_VARIABLE, SiteSettings, check_places, read_site
-from s4mil_monai.batch.site import read_checked_site
+from s4mil_monai.batch.site import DeviceAwayError, read_checked_site
 from s4mil_monai.checksum import sha256_of
-from s4mil_monai.errors import BundleError, SettingsError, SourceAwayError
+from s4mil_monai.errors import BundleError, SettingsError, SourceAwayError, UnknownNameError
+from s4mil_monai.features.encoder import find_encoder
+from s4mil_monai.features.patch_stage import choose_patch_batches
 from s4mil_monai.features.store import save_bag
+from s4mil_monai.precision import PRECISIONS
+from s4mil_monai.streaming.choose import RUNTIMES
 from tests.features.test_store import make_bag
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,15 +45,76 @@ def no_default():
         ({"ray_address": "auto"}, "ray_address is for executor: ray"),
         ({"executor": "slurm"}, "executor: Input should be 'local' or 'ray'"),
         ({"bundle": "nothing"}, "bundle: there is no .*nothing"),
+        ({"bundle": "file"}, "bundle: .*file is no folder"),
+        ({"out": "file"}, "out: .*file is no folder"),
+        ({"features": "file"}, "features: .*file is no folder"),
+        ({"device": "gpu"}, "device: 'gpu' is no device; it is auto, cpu, cuda, or one of several"),
+        ({"device": "cuda:x"}, "device: 'cuda:x' is no device"),
+        ({"patch_stage": "foo"}, "patch_stage: Input should be 'torch', 'dali' or 'auto'"),
+        ({"aggregator_runtime": "foo"}, "aggregator_runtime: Input should be 'auto', 'torch', 'onnxruntime' or"),
+        ({"aggregator_precision": "int8"}, "aggregator_precision: Input should be 'float32', 'bfloat16' or"),
+        ({"encoder_weights": "file"}, "encoder_weights: .*file: damaged, or not a weights file"),
+        ({"encoder_weights": "other.pt"}, "encoder_weights: .*other.pt: weights of another network: lacks"),
+        ({"resolutions": "file"}, "resolutions: .*file: line 1: unknown column 'no table'"),
+        ({"dicom": True, "studies": "file"}, "studies: .*file: line 1: no column 'slide'"),
+        ({"ledger": "foo"}, "ledger, or S4MIL_LEDGER_URL: is no address of a ledger; wanted sqlite:///FILE or"),
+        ({"ledger": "postgresql+nothing://u:secret@h/d"}, "is no address of a ledger; wanted"),
+        ({"ledger": "sqlite+pysqlcipher3x:///a"}, "is no address of a ledger; wanted"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_and_nothing_is_made(site, settings, said):
+    (site.folder / "file").write_text("no table\n")
+    torch.save({"weight": torch.zeros(3)}, site.folder / "other.pt")
     site.configure(**settings)
     with pytest.raises(SettingsError, match=said) as refused:
         read_checked_site(site.file, default_bundle=no_default)
     assert refused.value.path == str(site.file)
     assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
     assert not site.out.exists()
+
+
+def test_names_of_the_settings_are_those_that_the_package_knows():
+    literals = {name: get_args(field.annotation) for name, field in SiteSettings.model_fields.items()}
+    assert literals["aggregator_runtime"] == RUNTIMES
+    assert literals["aggregator_precision"] == tuple(PRECISIONS)
+    with pytest.raises(UnknownNameError) as refused:
+        choose_patch_batches("none of them")
+    assert literals["patch_stage"] == refused.value.known
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "cuda", "cuda:1", "mps"])
+def test_a_device_is_named_as_pytorch_names_it(site, name):
+    site.configure(device=name)
+    assert read_site(site.file).device == name
+    assert name == "auto" or torch.device(name)
+
+
+def test_a_gpu_that_is_not_there_is_one_line_and_nothing_wrong_with_the_settings(site):
+    site.configure(device="cuda:99")
+    with pytest.raises(DeviceAwayError, match=r"^device: cuda:99: PyTorch finds \d+ GPUs on this machine$"):
+        read_checked_site(site.file, default_bundle=no_default)
+    assert not site.out.exists()
+
+
+def test_weights_that_the_model_was_not_trained_with_are_refused(site):
+    state = find_encoder("efficientnet_lite0").build().state_dict()
+    torch.save(state, site.folder / "untrained.pt")
+    site.configure(encoder_weights="untrained.pt")
+    with pytest.raises(SettingsError, match=r"encoder_weights: .*untrained\.pt are other weights of efficient"):
+        read_checked_site(site.file, default_bundle=no_default)
+
+
+def test_a_ledger_named_by_the_environment_is_checked_as_well(site, monkeypatch):
+    monkeypatch.setenv(LEDGER_VARIABLE, "db.hospital:5432")
+    with pytest.raises(SettingsError, match="S4MIL_LEDGER_URL: is no address of a ledger"):
+        read_site(site.file)
+
+
+def test_wrong_settings_leave_with_the_code_that_no_unit_starts_again_after(site):
+    site.configure(device="gpu")
+    done = site.call("run")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
 def test_a_share_that_is_away_is_nothing_wrong_with_the_settings(site):
@@ -139,5 +206,5 @@ def test_what_is_recorded_of_settings_and_tables_is_what_was_read(site):
 def test_a_table_that_cannot_be_read_is_one_line(site):
     (site.folder / "mpp.csv").mkdir()
     site.configure(resolutions="mpp.csv")
-    with pytest.raises(SettingsError, match=r"resolutions: .*mpp\.csv cannot be read \(Is a directory\)"):
+    with pytest.raises(SettingsError, match=r"resolutions: .*mpp\.csv: cannot be read \(Is a directory\)"):
         read_checked_site(site.file, default_bundle=no_default)

@@ -292,7 +292,7 @@ def test_override_that_is_no_resolution_is_refused(tissue_slide, assume_mpp):
 def test_unknown_resolution_is_refused_with_the_setting_to_fill_in(tmp_path):
     with (
         open_slide(write_tiff(tmp_path / "s.tif")) as slide,
-        pytest.raises(UnknownResolutionError, match="assume_mpp"),
+        pytest.raises(UnknownResolutionError, match=r"--assume_mpp \(score, .*resolutions: in site\.yaml; S4MIL"),
     ):
         plan_reading(slide, mpp=0.5, patch_side_px=256)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -11,17 +13,17 @@ from s4mil_monai.statistics.calibration import Calibration, read_calibration
 from tests.statistics.examples import simulate
 
 
-def calibrate_on(folder, *, slides: int, per_patient: int) -> Calibration:
-    (folder / CALIBRATION_FILE).parent.mkdir(parents=True, exist_ok=True)
+def calibrate_on(folder, bundle, *, slides: int, per_patient: int) -> Calibration:
+    shutil.copytree(bundle, folder, dirs_exist_ok=True)
     table = folder / "predictions.csv"
     simulate({"a": 1.5}, slides=slides, per_patient=per_patient).to_csv(table, index=False)
     assert calibrate(str(table), bundle=str(folder), model="a", alpha=0.1) == 0
     return read_calibration(folder / CALIBRATION_FILE)
 
 
-def test_copies_of_a_patients_slide_make_nothing_surer(tmp_path):
-    once = calibrate_on(tmp_path, slides=80, per_patient=1)
-    copied = calibrate_on(tmp_path, slides=240, per_patient=3)
+def test_copies_of_a_patients_slide_make_nothing_surer(tmp_path, bundle):
+    once = calibrate_on(tmp_path, bundle, slides=80, per_patient=1)
+    copied = calibrate_on(tmp_path, bundle, slides=240, per_patient=3)
     assert (once.n, once.n_patients) == (80, 80)
     assert (copied.n, copied.n_patients) == (240, 80)
     for fact in ("sensitivity_low", "sensitivity_high", "specificity_low", "specificity_high"):

@@ -59,3 +59,13 @@ def test_resolution_may_be_off_by_what_whole_pixels_make_of_it(tmp_path):
             FeatureFileError, match=rf"µm/px of the patches: {mpp}; the model was trained with 0\.5"
         ):
             LoadFeaturesd("image", patches=patches)(item)
+
+
+def test_a_slide_of_0_499_has_the_features_of_a_model_trained_at_0_5(tmp_path):
+    """No whole number of its pixels is 128 µm; and what ran the encoder, a model does not mind."""
+    bag = make_bag(5, 4)
+    of_the_slide = {"slide_mpp": 0.499, "patch_mpp": 0.499, "encoder_runtime": "onnxruntime"}
+    save_bag(tmp_path / "a.h5", replace(bag, origin=replace(bag.origin, **of_the_slide)))
+    wanted = {"mpp": 0.5, "side_px": bag.origin.patch_side_px, "scan_order": bag.origin.scan_order}
+    loaded = LoadFeaturesd("image", patches=wanted)(find_feature_items(tmp_path)[0])
+    assert loaded["image"].shape == (4, 5)

@@ -254,7 +254,7 @@ def test_every_compared_model_is_one_overlay_and_writes_the_same_table(tmp_path,
     rows = pd.read_csv(out / "predictions.csv")
     assert list(rows.columns) == ["model", "fold", "slide", "patient", "label", "p_0", "p_1"]
     assert set(rows["model"]) == {model}
-    assert list(rows["slide"]) == [f"test_{i:04d}" for i in range(6)]
+    assert list(rows["slide"]) == [f"test_seed0_{i:04d}" for i in range(6)]
     np.testing.assert_allclose(rows["p_0"] + rows["p_1"], 1, rtol=1e-5)
     assert json.loads((out / "metrics.json").read_text()).keys() == {"auroc", "average_precision", "accuracy"}
 
