@@ -55,6 +55,7 @@ def read_header(file: Path, *, keywords: Sequence[str] | None = None) -> Any:
         pydicom.errors.InvalidDicomError,
         OSError,
         ValueError,
+        TypeError,
         EOFError,
         NotImplementedError,
         AttributeError,
