@@ -16,7 +16,7 @@ from s4mil_monai.batch.database import Database
 from s4mil_monai.batch.provenance import Link, link
 from s4mil_monai.batch.schema import CHAIN, HISTORY, JOBS, PROVENANCE, RUNS
 from s4mil_monai.batch.states import CLAIMABLE, FAILED, FROM, HELD, JobState
-from s4mil_monai.features.claim import describe_me, has_ended, name_machine
+from s4mil_monai.processes import describe_me, has_ended, name_machine
 
 DAY_S = 24 * 3600.0
 

@@ -33,13 +33,13 @@ from s4mil_monai.errors import (
     WeightsError,
 )
 from s4mil_monai.extras import require
-from s4mil_monai.features.claim import name_machine
 from s4mil_monai.features.encoder import load_encoder
 from s4mil_monai.features.store import read_origin
 from s4mil_monai.models.bundle import BundleSettings
 from s4mil_monai.models.manifest import told_as_bundle_error
 from s4mil_monai.models.seal import verify_bundle
 from s4mil_monai.outputs.hospital import HospitalWriter
+from s4mil_monai.processes import name_machine
 from s4mil_monai.slides.overrides import read_overrides
 
 READINGS = 10

@@ -279,11 +279,7 @@ def find_reason_to_embed(path: Path, wanted: WantedFeatures) -> str | None:
 
 
 def mismatch(found: FeatureOrigin, wanted: WantedFeatures) -> str | None:
-    """Say in words how features differ from those that are wanted; None if they do not.
-
-    The resolution of patches is that of a whole number of the slide's pixels, and levels close to the one set are
-    read as they are, so ``patch_mpp`` may lie half a pixel in the patch's side, or 1 %, away from it.
-    """
+    """Say in words how features differ from those that are wanted; None if they do not."""
     settings = wanted.settings
     same: list[tuple[str, Any, Any]] = [
         ("slide content", found.slide_sha256, wanted.slide_sha256),
@@ -298,14 +294,25 @@ def mismatch(found: FeatureOrigin, wanted: WantedFeatures) -> str | None:
         ("scan order", found.scan_order, settings.scan_order),
     ]
     differing = [(what, there, want) for what, there, want in same if want is not None and there != want]
-    near_mpp = max(0.5 * max(settings.mpp, found.slide_mpp) / settings.side_px, SAME_RESOLUTION * settings.mpp)
-    if abs(found.patch_mpp - settings.mpp) > near_mpp + 1e-9:
+    if not has_patch_mpp(found, settings.mpp):
         differing.append(("patch resolution in µm/px", found.patch_mpp, settings.mpp))
     if wanted.slide_mpp is not None and not math.isclose(found.slide_mpp, wanted.slide_mpp, rel_tol=1e-9):
         differing.append(("slide resolution in µm/px", found.slide_mpp, wanted.slide_mpp))
     if not differing:
         return None
     return "; ".join(f"{what}: {_short(there)}, wanted {_short(want)}" for what, there, want in differing)
+
+
+def has_patch_mpp(origin: FeatureOrigin, mpp: float) -> bool:
+    """Whether patches were made for ``mpp`` µm/px.
+
+    They are of a whole number of their slide's pixels, and levels within 1 % are read as they are, so they may lie
+    half a pixel in their side, or 1 %, away from it.
+    """
+    near = SAME_RESOLUTION * mpp
+    if origin.patch_side_px > 0:
+        near = max(near, 0.5 * max(mpp, origin.slide_mpp) / origin.patch_side_px)
+    return abs(origin.patch_mpp - mpp) <= near + 1e-9
 
 
 def _short(value: Any) -> str:

@@ -72,8 +72,8 @@ IMPORTS = frozenset(
         "from s4mil_monai.training.feature_files import find_feature_items",
         "from s4mil_monai.training.optimizers import group_parameters",
         "from s4mil_monai.training.places import find_bundle",
-        "from s4mil_monai.training.processes import join_processes",
-        "from s4mil_monai.training.processes import leave_processes",
+        "from s4mil_monai.training.process_group import join_processes",
+        "from s4mil_monai.training.process_group import leave_processes",
         "from s4mil_monai.training.sampling import weigh_classes",
         "from s4mil_monai.training.ucsb import find_ucsb_breast",
     )

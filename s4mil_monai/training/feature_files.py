@@ -12,8 +12,8 @@ from monai.config.type_definitions import KeysCollection
 from monai.transforms.transform import MapTransform
 
 from s4mil_monai.errors import FeatureFileError
-from s4mil_monai.features.store import load_bag
-from s4mil_monai.training.origins import has_patch_mpp
+from s4mil_monai.features.store import FeatureOrigin, WantedFeatures, load_bag, mismatch
+from s4mil_monai.result import PatchSettings
 
 
 def find_feature_items(folder: str | Path) -> list[dict[str, str]]:
@@ -34,7 +34,8 @@ class LoadFeaturesd(MapTransform):
     Args:
         keys: Items that hold a path.
         encoder: Name, ``sha256`` and ``width`` of the encoder the model was trained with; others are refused.
-        patches: ``mpp``, ``side_px``, ``overlap_px`` and ``scan_order`` of its patches, as far as given.
+        patches: ``mpp``, ``side_px``, ``overlap_px`` and ``scan_order`` of its patches, as far as given. The
+            resolution may be as far off as patches of a whole number of the slide's pixels make it.
     """
 
     def __init__(
@@ -60,19 +61,30 @@ class LoadFeaturesd(MapTransform):
 
     def _load(self, path: Path) -> torch.Tensor:
         bag = load_bag(path)
-        origin = bag.origin
-        has = {
-            "encoder": (origin.encoder, self.encoder.get("name")),
-            "weights of the encoder": (origin.encoder_sha256, self.encoder.get("sha256")),
-            "number of features": (bag.features.shape[1], self.encoder.get("width")),
-            "side of the patches": (origin.patch_side_px, self.patches.get("side_px")),
-            "overlap of the patches": (origin.overlap_px, self.patches.get("overlap_px")),
-            "scan order": (origin.scan_order, self.patches.get("scan_order")),
-        }
-        mpp = self.patches.get("mpp")
-        if mpp is not None and not has_patch_mpp(origin, mpp):
-            has["µm/px of the patches"] = (origin.patch_mpp, mpp)
-        for what, (found, wanted) in has.items():
-            if wanted is not None and found != wanted:
-                raise FeatureFileError(str(path), f"{what}: {found}; the model was trained with {wanted}")
+        width, wanted_width = bag.features.shape[1], self.encoder.get("width")
+        if wanted_width is not None and width != wanted_width:
+            raise FeatureFileError(str(path), f"number of features: {width}, the model wants {wanted_width}")
+        problem = mismatch(bag.origin, self._wanted_of(bag.origin))
+        if problem is not None:
+            raise FeatureFileError(str(path), f"is of another kind than the model was trained with: {problem}")
         return torch.from_numpy(np.ascontiguousarray(bag.features.T, np.float32))
+
+    def _wanted_of(self, origin: FeatureOrigin) -> WantedFeatures:
+        """What the model wants; where it does not say, or does not mind, what the file has."""
+        patches = {name: self.patches.get(name, there) for name, there in _patches_of(origin).items()}
+        return WantedFeatures(
+            encoder=self.encoder.get("name", origin.encoder),
+            encoder_sha256=self.encoder.get("sha256", origin.encoder_sha256),
+            settings=PatchSettings.model_construct(min_tissue=origin.min_tissue, **patches),
+            encoder_runtime=origin.encoder_runtime,
+            encoder_precision=origin.encoder_precision,
+        )
+
+
+def _patches_of(origin: FeatureOrigin) -> dict[str, Any]:
+    return {
+        "mpp": origin.patch_mpp,
+        "side_px": origin.patch_side_px,
+        "overlap_px": origin.overlap_px,
+        "scan_order": origin.scan_order,
+    }

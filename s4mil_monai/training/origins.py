@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from s4mil_monai.errors import TableError
-from s4mil_monai.features.store import UNKNOWN, UNKNOWN_NUMBER, FeatureOrigin
-from s4mil_monai.slides.resolution import SAME_RESOLUTION
+from s4mil_monai.features.store import UNKNOWN, UNKNOWN_NUMBER, FeatureOrigin, has_patch_mpp
 from s4mil_monai.training.labels import SlideTable, name_rows
 
 ALIKE = ("encoder", "encoder_sha256", "patch_side_px", "scan_order")
@@ -60,19 +59,6 @@ def check_origins(
     for key, wanted in (patches or {}).items():
         if key in OF_PATCHES:
             _refuse_other(table, OF_PATCHES[key], origins, wanted)
-
-
-def has_patch_mpp(origin: FeatureOrigin, mpp: float) -> bool:
-    """Whether patches were made for ``mpp`` µm/px.
-
-    They are of a whole number of their slide's pixels, and levels within 1 % are read as they are, so they may
-    lie half a pixel in their side, or 1 %, away from it: the same as :func:`~s4mil_monai.features.store.mismatch`
-    allows.
-    """
-    near = SAME_RESOLUTION * mpp
-    if origin.patch_side_px > 0:
-        near = max(near, 0.5 * max(mpp, origin.slide_mpp) / origin.patch_side_px)
-    return abs(origin.patch_mpp - mpp) <= near + 1e-9
 
 
 _NOT_KNOWN = {UNKNOWN, UNKNOWN_NUMBER, ""}

@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from s4mil_monai.checksum import sha256_of
 from s4mil_monai.cli.main import main
-from s4mil_monai.features.claim import name_machine
 from s4mil_monai.models.manifest import write_manifest
 from s4mil_monai.models.seal import seal_bundle
+from s4mil_monai.processes import name_machine
 from tests.batch.small_site import SmallSite
 
 TABLE = "slide,scanner,mpp\nelsewhere.svs,,0.25\n"

@@ -11,8 +11,8 @@ import pytest
 
 from s4mil_monai.errors import FeatureFileError
 from s4mil_monai.features.audit import audit_features
-from s4mil_monai.features.claim import name_machine
 from s4mil_monai.features.store import FeatureBag, save_bag
+from s4mil_monai.processes import name_machine
 from s4mil_monai.slides.fingerprint import fingerprint_slide
 from tests.features.test_store import end_a_process, make_real_bag
 

@@ -17,8 +17,9 @@ import pytest
 
 from s4mil_monai.errors import OutputError
 from s4mil_monai.features import claim as claim_module
-from s4mil_monai.features.claim import BusyError, claim, name_machine
+from s4mil_monai.features.claim import BusyError, claim
 from s4mil_monai.features.store import clear_leftovers, load_bag, save_bag
+from s4mil_monai.processes import name_machine
 from tests.features.test_store import end_a_process, make_real_bag
 
 KINDS = pytest.mark.parametrize("kernel_locks", [True, False], ids=["kernel", "name"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from s4mil_monai.errors import FeatureFileError, OutputError
-from s4mil_monai.features.claim import claim, name_machine
+from s4mil_monai.features.claim import claim
 from s4mil_monai.features.store import (
     FeatureBag,
     FeatureOrigin,
@@ -30,6 +30,7 @@ from s4mil_monai.features.store import (
     read_origin,
     save_bag,
 )
+from s4mil_monai.processes import name_machine
 from s4mil_monai.result import PatchSettings
 
 VALUES = {"str": "x", "float": 0.5, "int": 256}

@@ -10,7 +10,7 @@ import pytest
 from s4mil_monai.errors import FeatureFileError
 from s4mil_monai.features.store import save_bag
 from s4mil_monai.training.feature_files import LoadFeaturesd, find_feature_items
-from tests.features.test_store import REAL_ORIGIN, make_bag
+from tests.features.test_store import make_bag
 
 
 def test_every_file_of_a_folder_is_an_item_channel_first(tmp_path):
@@ -31,34 +31,28 @@ def test_empty_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("origin", "message"),
     [
-        ({"encoder": "other"}, "encoder: other; the model was trained with x"),
-        ({"scan_order": "column_major"}, "scan order: column_major; the model was trained with x"),
+        ({"encoder": "other"}, "trained with: encoder: other, wanted x"),
+        ({"patch_mpp": 0.45, "slide_mpp": 0.25}, "patch resolution in µm/px: 0.45, wanted 0.5"),
+        ({"patch_side_px": 224}, "patch side in px: 224, wanted 256"),
+        ({"overlap_px": 64}, "overlap in px: 64, wanted 256"),
+        ({"scan_order": "column_major"}, "scan order: column_major, wanted x"),
     ],
 )
 def test_features_the_model_was_not_trained_for_are_refused(tmp_path, origin, message):
     bag = make_bag(5, 4)
     wanted = {
         "encoder": {"name": bag.origin.encoder, "width": 4},
-        "patches": {"scan_order": bag.origin.scan_order},
+        "patches": {"mpp": 0.5, "side_px": 256, "overlap_px": 256, "scan_order": bag.origin.scan_order},
     }
     save_bag(tmp_path / "a.h5", replace(bag, origin=replace(bag.origin, **origin)))
     with pytest.raises(FeatureFileError, match=message):
         LoadFeaturesd("image", **wanted)(find_feature_items(tmp_path)[0])
 
 
-def test_resolution_may_be_off_by_what_whole_pixels_make_of_it(tmp_path):
-    # 506 of a slide's pixels of 0.2527 µm become 256 of 0.4995: what a scanner's 40x gives for 0.5
-    patches = {"mpp": 0.5}
-    for mpp, fits in ((0.4995, True), (0.506, False), (-1.0, False)):
-        save_bag(tmp_path / "a.h5", replace(make_bag(), origin=replace(REAL_ORIGIN, patch_mpp=mpp)))
-        (item,) = find_feature_items(tmp_path)
-        if fits:
-            assert LoadFeaturesd("image", patches=patches)(item)["image"].shape == (3, 5)
-            continue
-        with pytest.raises(
-            FeatureFileError, match=rf"µm/px of the patches: {mpp}; the model was trained with 0\.5"
-        ):
-            LoadFeaturesd("image", patches=patches)(item)
+def test_features_of_another_width_are_refused(tmp_path):
+    save_bag(tmp_path / "a.h5", make_bag(5, 4))
+    with pytest.raises(FeatureFileError, match="number of features: 4, the model wants 8"):
+        LoadFeaturesd("image", encoder={"width": 8})(find_feature_items(tmp_path)[0])
 
 
 def test_a_slide_of_0_499_has_the_features_of_a_model_trained_at_0_5(tmp_path):
@@ -66,6 +60,6 @@ def test_a_slide_of_0_499_has_the_features_of_a_model_trained_at_0_5(tmp_path):
     bag = make_bag(5, 4)
     of_the_slide = {"slide_mpp": 0.499, "patch_mpp": 0.499, "encoder_runtime": "onnxruntime"}
     save_bag(tmp_path / "a.h5", replace(bag, origin=replace(bag.origin, **of_the_slide)))
-    wanted = {"mpp": 0.5, "side_px": bag.origin.patch_side_px, "scan_order": bag.origin.scan_order}
+    wanted = {"mpp": 0.5, "side_px": 256, "min_tissue": 0.3, "overlap_px": 256, "scan_order": "x"}
     loaded = LoadFeaturesd("image", patches=wanted)(find_feature_items(tmp_path)[0])
     assert loaded["image"].shape == (4, 5)

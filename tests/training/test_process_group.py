@@ -13,7 +13,7 @@ SCRIPT = """
 import atexit, pathlib
 def threads(): return sorted(p.read_text().strip() for p in pathlib.Path("/proc/self/task").glob("*/comm"))
 atexit.register(lambda: print("left:", *(name for name in threads() if "gloo" in name)))
-from s4mil_monai.training.processes import join_processes, leave_processes
+from s4mil_monai.training.process_group import join_processes, leave_processes
 def train():
     join_processes()
     join_processes()
