@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s4mil_monai.cli.console import EXIT_ERROR, complain, quieten_holoscan, say
+from s4mil_monai.cli.console import EXIT_ERROR, complain, say
 from s4mil_monai.cli.usage import require_positive
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def experiment(
         tracking_uri: MLflow server; a database in the experiment's folder by default.
     """
     require_positive("workers", workers)
-    quieten_holoscan()
     from s4mil_monai.experiments.plan import plan_experiment
     from s4mil_monai.experiments.results import write_results
     from s4mil_monai.experiments.runner import run_experiment

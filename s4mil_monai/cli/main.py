@@ -24,7 +24,7 @@ from s4mil_monai.cli.batch import (
 from s4mil_monai.cli.bundle import bundle
 from s4mil_monai.cli.calibrate import calibrate
 from s4mil_monai.cli.checkpoint import import_checkpoint
-from s4mil_monai.cli.console import EXIT_ERROR, EXIT_USAGE, complain, say
+from s4mil_monai.cli.console import EXIT_ERROR, EXIT_USAGE, complain, quieten_holoscan, say
 from s4mil_monai.cli.embed import embed
 from s4mil_monai.cli.experiment import experiment
 from s4mil_monai.cli.export import export
@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quieten_holoscan()
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it finds wrong comes back as our errors
     try:
         code = _run(arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from s4mil_monai.cli.console import quieten_holoscan, say
+from s4mil_monai.cli.console import say
 
 
 def register(folder: str, *, name: str, tracking_uri: str | None = None, alias: str | None = None) -> int:
@@ -22,7 +22,6 @@ def register(folder: str, *, name: str, tracking_uri: str | None = None, alias: 
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # 7 by default: minutes for a mistyped server
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two more lines
-    quieten_holoscan()
     from s4mil_monai.training.mlflow_store import uri_of_folder
     from s4mil_monai.training.registry import SHA256, read_candidate, register_model
 
